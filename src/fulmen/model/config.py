@@ -1,0 +1,174 @@
+"""What a text model is made of, the named sizes, and what they cost in parameters and memory."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from fulmen.config import UserError
+
+LIGHTNING, SOFTMAX = "L", "S"
+
+
+class ParameterCount(NamedTuple):
+    """`active`: what one token's forward pass multiplies by, without the embedding and the head, as the report counts."""
+
+    total: int
+    active: int
+    embeddings: int  # input embedding and head together
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes at inference."""
+
+    weights: int
+    state: int  # lightning states of all sequences, fp32, whatever the context
+    key_values: int  # keys and values of the softmax layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A hybrid decoder: `layer_plan` is repeated over the depth, L for lightning attention and S for softmax.
+
+    The three pairs (alpha, beta) weigh residual and branch of each sub-layer: y = alpha * n + beta * f(n), n the
+    normed input. An alpha of None stands for DeepNorm's (2 num_layers)^0.25.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    layer_plan: str = "LLLLLLLS"
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int | None = None  # None: half of head_dim, as released
+    rope_theta: float = 10_000.0
+    num_experts: int
+    experts_per_token: int = 2
+    expert_size: int
+    max_positions: int = 8192
+    norm_eps: float = 1e-5
+    lightning_norm_eps: float = 1e-6
+    lightning_alpha: float | None = None
+    lightning_beta: float = 1.0
+    softmax_alpha: float | None = None
+    softmax_beta: float = 1.0
+    mlp_alpha: float | None = None
+    mlp_beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        deepnorm = (2 * self.num_layers) ** 0.25
+        for name in ("lightning_alpha", "softmax_alpha", "mlp_alpha"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, deepnorm)
+        if self.rotary_dim is None:
+            object.__setattr__(self, "rotary_dim", self.head_dim // 2)
+        self._check()
+
+    def _check(self) -> None:
+        counts = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts")
+        for name in (*counts, "experts_per_token", "expert_size", "max_positions"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.layer_plan or set(self.layer_plan) - {LIGHTNING, SOFTMAX}:
+            raise UserError(f"layer_plan is a string of {LIGHTNING} and {SOFTMAX}, got {self.layer_plan!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.experts_per_token > self.num_experts:
+            raise UserError(f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise UserError(f"rotary_dim must be even and in 2..head_dim {self.head_dim}, got {self.rotary_dim}")
+
+    @property
+    def layers(self) -> str:
+        """One letter per layer."""
+        repeats = math.ceil(self.num_layers / len(self.layer_plan))
+        return (self.layer_plan * repeats)[: self.num_layers]
+
+    @property
+    def attention_size(self) -> int:
+        """Inner width of attention, H * D; need not equal the hidden size."""
+        return self.num_heads * self.head_dim
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "ModelConfig":
+        """A named size, with some fields changed."""
+        if name not in PRESETS:
+            raise UserError(f"no model size named {name!r}; there are {', '.join(PRESETS)}")
+        return replace(PRESETS[name], **changes)
+
+    def count_parameters(self) -> ParameterCount:
+        """Counted from the shapes; nothing is allocated."""
+        hidden, inner = self.hidden_size, self.attention_size
+        lightning = hidden * 3 * inner + 2 * hidden * inner + inner
+        softmax = 2 * hidden * inner + 2 * hidden * self.num_kv_heads * self.head_dim
+        expert = 3 * hidden * self.expert_size
+        shared = 2 * hidden + hidden * self.num_experts  # two norms and the router
+        num_softmax = self.layers.count(SOFTMAX)
+        mixers = num_softmax * softmax + (self.num_layers - num_softmax) * lightning
+        embeddings = 2 * self.vocab_size * hidden
+        rest = mixers + self.num_layers * shared + hidden
+        return ParameterCount(
+            total=rest + self.num_layers * self.num_experts * expert + embeddings,
+            active=rest + self.num_layers * self.experts_per_token * expert,
+            embeddings=embeddings,
+        )
+
+    def estimate_memory(self, *, context: int, batch: int, dtype_bytes: int) -> MemoryEstimate:
+        """Bytes of weights, lightning states and keys and values for `batch` sequences of `context` tokens."""
+        num_softmax = self.layers.count(SOFTMAX)
+        state = (self.num_layers - num_softmax) * self.num_heads * self.head_dim**2 * 4
+        per_token = num_softmax * 2 * self.num_kv_heads * self.head_dim * dtype_bytes
+        return MemoryEstimate(
+            weights=self.count_parameters().total * dtype_bytes,
+            state=batch * state,
+            key_values=batch * context * per_token,
+        )
+
+
+def _ladder(hidden: int, layers: int, head_dim: int, expert: int, experts: int) -> ModelConfig:
+    """A size of the scaling study as hybrid mixture of experts; its name says its total parameters."""
+    heads = hidden // head_dim
+    return ModelConfig(
+        vocab_size=32768,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=max(1, heads // 4),
+        head_dim=head_dim,
+        num_experts=experts,
+        expert_size=expert,
+    )
+
+
+PRESETS = {
+    "tiny": ModelConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        num_layers=8,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        rotary_dim=64,  # all of the head, so that transformers reads it too
+        num_experts=8,
+        expert_size=256,
+    ),
+    "70m": _ladder(384, 8, 64, 512, 8),
+    "160m": _ladder(512, 16, 64, 512, 8),
+    "410m": _ladder(768, 16, 64, 512, 16),
+    "1b": _ladder(1024, 16, 128, 1024, 16),
+    "3b": _ladder(1536, 24, 128, 1408, 16),
+    "7b": _ladder(2048, 32, 128, 1920, 16),
+    "minimax-text-01": ModelConfig(
+        vocab_size=200_064,
+        hidden_size=6144,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        rotary_dim=64,
+        rope_theta=10_000_000.0,
+        num_experts=32,
+        expert_size=9216,
+        max_positions=10_240_000,
+    ),
+}

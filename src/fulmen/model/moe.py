@@ -1,0 +1,49 @@
+"""The mixture-of-experts layer: router and stacked experts."""
+
+import torch
+from torch import Tensor, nn
+
+from fulmen.model.config import ModelConfig
+from fulmen.ops.experts import Routing, expert_capacity, experts_mlp, route
+
+
+class Experts(nn.Module):
+    """All experts' matrices stacked: w13 [E, 2F, D] holds each w1 (gate) over its w3 (up), w2 is [E, D, F]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        shape = (config.num_experts, config.hidden_size, config.expert_size)
+        self.w13 = nn.Parameter(torch.empty(shape[0], 2 * shape[2], shape[1]))
+        self.w2 = nn.Parameter(torch.empty(shape))
+
+
+class MixtureOfExperts(nn.Module):
+    """Top-k of E experts a token, the router in fp32 (MiniMax-01, section 2)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.experts_per_token = config.experts_per_token
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def init_weights(self, gain: float) -> None:
+        """Xavier per matrix; the DeepNorm `gain` on the experts."""
+        nn.init.xavier_normal_(self.gate.weight)
+        for expert in (*self.experts.w13, *self.experts.w2):
+            for matrix in expert.chunk(2) if expert.shape[0] == self.experts.w13.shape[1] else (expert,):
+                nn.init.xavier_normal_(matrix, gain)
+
+    def forward(self, x: Tensor, capacity_factor: float | None = None) -> tuple[Tensor, Routing]:
+        """x [B, T, hidden] to the same shape, and where its tokens went.
+
+        With a capacity factor an expert takes ceil(factor * k * tokens / E) choices and the rest is dropped
+        (training); without, nothing is.
+        """
+        flat = x.flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = nn.functional.linear(flat.float(), self.gate.weight.float())
+        k, capacity = self.experts_per_token, None
+        if capacity_factor is not None:
+            capacity = expert_capacity(len(flat), logits.shape[1], k, capacity_factor)
+        routing = route(logits, k, capacity)
+        return experts_mlp(flat, self.experts.w13, self.experts.w2, routing).view_as(x), routing

@@ -1,0 +1,60 @@
+"""Top-k routing, capacity and the balance loss (MiniMax-01, section 2.2; GShard for the loss)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Where the T tokens of a call go.
+
+    With T = 3 tokens, E = 4 experts, k = 2: experts = [[2, 0], [2, 1], [3, 2]] sends token 0 to experts 2 and 0, and
+    weights[0] = [0.7, 0.3] mixes their answers. counts = [1, 1, 3, 1]; with a capacity of 2, kept[2, 1] is False.
+    """
+
+    experts: Tensor  # [T, k] int64, best first
+    weights: Tensor  # [T, k] fp32, sum 1 over k
+    probs: Tensor  # [T, E] fp32, the softmax over all experts
+    counts: Tensor  # [E] int64, choices per expert before any drop
+    kept: Tensor | None  # [T, k] bool, which choices found room; None: all did
+
+
+def expert_capacity(tokens: int, num_experts: int, k: int, factor: float) -> int:
+    """Choices that one expert takes: ceil(factor * k * tokens / E)."""
+    return math.ceil(factor * k * tokens / num_experts)
+
+
+def route(logits: Tensor, k: int, capacity: int | None = None) -> Routing:
+    """Softmax over the router's logits [T, E], the k largest of each token, renormalised to sum 1.
+
+    With a `capacity`, an expert keeps the choices of the tokens that come first and the rest is dropped (token-drop,
+    for training): the residual passes such a token on. Without, nothing is dropped (inference).
+    """
+    probs = logits.float().softmax(dim=-1)
+    top, experts = probs.topk(k, dim=-1)
+    weights = top / top.sum(dim=-1, keepdim=True)
+    counts = torch.bincount(experts.flatten(), minlength=logits.shape[1])
+    kept = None if capacity is None else _within_capacity(experts, counts, capacity)
+    return Routing(experts, weights, probs, counts, kept)
+
+
+def _within_capacity(experts: Tensor, counts: Tensor, capacity: int) -> Tensor | None:
+    flat = experts.flatten()
+    by_expert = flat.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    place = torch.empty_like(flat)
+    place[by_expert] = torch.arange(len(flat), device=flat.device) - starts[flat[by_expert]]
+    return (place < capacity).view_as(experts)
+
+
+def balance_loss(routing: Routing) -> Tensor:
+    """(1/E) sum_i f_i m_i, with f_i = (choices of expert i) * E / (k T) and m_i = mean probability of i, times E.
+
+    Our convention: f and m are both scaled by E, so perfect balance gives 1 and all-to-one gives E / k or more. The
+    gradient flows through m alone. Multiply by the recipe's coefficient (0.01 in the report).
+    """
+    num_experts, choices = routing.probs.shape[1], routing.experts.numel()
+    fraction = routing.counts.float() * (num_experts / choices)
+    return (fraction * routing.probs.mean(dim=0)).sum()

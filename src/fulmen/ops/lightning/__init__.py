@@ -1,0 +1,106 @@
+"""Lightning attention: linear attention with one decay rate per head and one fixed state per sequence.
+
+    S_t = exp(-s) S_{t-1} + k_t v_t^T        o_t = q_t^T S_t            (MiniMax-01, section 2.2)
+
+`naive.py` is the definition, `chunked.py` computes the same with matrix products; README.md has the mathematics.
+"""
+
+import torch
+from torch import Tensor
+
+from fulmen.ops.lightning.chunked import chunked_lightning_attention
+from fulmen.ops.lightning.naive import naive_lightning_attention
+
+__all__ = ["decay_rates", "lightning_attention"]
+
+BACKENDS = {"naive": naive_lightning_attention, "chunked": chunked_lightning_attention}
+
+
+def decay_rates(num_heads: int, layer: int, num_layers: int) -> Tensor:
+    """Decay rates s of the heads of one layer, [H] fp32 on the CPU, all positive.
+
+    s_h = 2^(-8 (h+1) / H) * (1 - l / (L - 1 + 1e-5) + 1e-5) with h, l counted from 0 and l the layer's place among all
+    L layers, softmax layers included (the released modeling code). The formula holds for any H: no interleave where
+    H is not a power of two.
+    """
+    if not 0 <= layer < num_layers:
+        raise ValueError(f"layer must lie in 0..{num_layers - 1} (num_layers={num_layers}), got {layer}")
+    head = torch.arange(1, num_heads + 1, dtype=torch.float64, device="cpu")
+    depth = 1 - layer / (num_layers - 1 + 1e-5) + 1e-5
+    return (2 ** (-8 * head / num_heads) * depth).float()
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal linear attention with decay; no scale, no normalisation (MiniMax-01, section 2.2.1).
+
+    Args:
+        q, k: [B, T, H, K], fp32, bf16, fp16 or fp64, T >= 1.
+        v: [B, T, H, V], the dtype of q.
+        rates: [H], the decay rates s > 0 per token; a constant, it gets no gradient.
+        state: the state before the first token, [B, H, K, V] fp32 (fp64 for fp64 inputs); packed: [N, H, K, V].
+            None stands for zeros.
+        cu_seqlens: [N+1] int32 borders of N samples laid end to end, from 0 strictly up to T; then B == 1. Nothing
+            crosses a border.
+        return_state: whether the states after the last token are wanted.
+        backend: "naive", "chunked", or None to pick: the recurrence for a single token, else "chunked".
+
+    Returns:
+        The outputs, like v, and the final states in the shape of `state` (None unless `return_state`). Both carry
+        gradients to q, k, v and `state`.
+
+    Raises:
+        ValueError: a shape, dtype, device, border or backend that does not fit; the message names rule and value.
+    """
+    _check(q, k, v, rates, state, cu_seqlens)
+    if backend is None:
+        backend = "naive" if q.shape[1] == 1 else "chunked"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    out, final = BACKENDS[backend](q, k, v, rates, state, cu_seqlens)
+    return out, final if return_state else None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            "lightning attention takes q, k [B, T, H, K] and v [B, T, H, V], "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    batch, length, heads, key_dim = q.shape
+    if min(batch, length) < 1:
+        raise ValueError(f"lightning attention needs at least one sequence of one token, got q {tuple(q.shape)}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    others = [t for t in (k, v, rates, state) if t is not None]
+    if any(t.device != q.device for t in others):
+        raise ValueError(f"all tensors must be on q's device {q.device}, got {[str(t.device) for t in others]}")
+    if rates.shape != (heads,):
+        raise ValueError(f"rates must be [H] = [{heads}], got {tuple(rates.shape)}")
+    samples = batch if cu_seqlens is None else _check_borders(cu_seqlens, batch, length)
+    if state is not None:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        shape = (samples, heads, key_dim, v.shape[3])
+        if state.shape != shape or state.dtype != dtype:
+            raise ValueError(f"state must be {shape} {dtype}, got {tuple(state.shape)} {state.dtype}")
+
+
+def _check_borders(cu_seqlens: Tensor, batch: int, length: int) -> int:
+    """Number of packed samples, after checking that the borders make sense. Reads the borders on the host."""
+    if batch != 1:
+        raise ValueError(f"packed samples (cu_seqlens) need B == 1, got B == {batch}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must be [N+1] int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != length or any(a >= b for a, b in zip(borders, borders[1:], strict=False)):
+        raise ValueError(f"cu_seqlens must rise strictly from 0 to T == {length}, got {borders}")
+    return len(borders) - 1

@@ -1,0 +1,23 @@
+"""Rotary positions on the first dims of each head; the others pass through (MiniMax-01, section 2.1)."""
+
+import torch
+from torch import Tensor
+
+
+def rotary_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [..., rotary_dim / 2] fp32, of angles position * base^(-2i / rotary_dim); positions [...]."""
+    index = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions[..., None].float() * base ** (-index / rotary_dim)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + rotary_dim / 2) of x [B, T, H, D] by tables [B or 1, T, rotary_dim / 2].
+
+    The rest of D, from rotary_dim on, is untouched. Computed in fp32, given back in x's dtype.
+    """
+    half = cos.shape[-1]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)

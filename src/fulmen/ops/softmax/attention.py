@@ -1,0 +1,45 @@
+"""Causal grouped-query attention over `torch.nn.functional.scaled_dot_product_attention`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Causal attention with scale D^-0.5 (MiniMax-01, section 2.1).
+
+    Args:
+        q: [B, T, H, D]; its T tokens are the last T of the S that the keys cover.
+        k, v: [B, S, H_kv, D], S >= T, H a multiple of H_kv; query head h reads key head h // (H / H_kv).
+        cu_seqlens: [N+1] int32 borders of packed samples from 0 to T; then B == 1, S == T and no token sees another
+            sample's.
+
+    Returns:
+        [B, T, H, D], the dtype of q.
+
+    Raises:
+        ValueError: head counts or lengths that do not fit together.
+    """
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads must be a multiple of key heads, got {q.shape[2]} and {k.shape[2]}")
+    if q.shape[1] > k.shape[1] or (cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1])):
+        raise ValueError(
+            "queries must be the last of the keys' tokens, and packed samples one row without a cache, "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}"
+        )
+    if cu_seqlens is None:
+        return _one_sequence(q, k, v)
+    borders = cu_seqlens.tolist()
+    samples = [slice(a, b) for a, b in zip(borders, borders[1:], strict=False)]
+    return torch.cat([_one_sequence(q[:, s], k[:, s], v[:, s]) for s in samples], dim=1)
+
+
+def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    query_len, key_len = q.shape[1], k.shape[1]
+    mask = None
+    if 1 < query_len < key_len:
+        mask = torch.ones(query_len, key_len, dtype=torch.bool, device=q.device).tril(key_len - query_len)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    causal = mask is None and query_len > 1
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)

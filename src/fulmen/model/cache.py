@@ -30,7 +30,7 @@ class KeyValues:
 
 
 class Cache:
-    """The caches of all layers for a batch of sequences of equal length. `LanguageModel.forward` advances it in place."""
+    """The caches of all layers for a batch of sequences of equal length. The model advances it in place."""
 
     def __init__(self, config: ModelConfig, batch_size: int):
         self.batch_size = batch_size

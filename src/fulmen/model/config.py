@@ -10,7 +10,7 @@ LIGHTNING, SOFTMAX = "L", "S"
 
 
 class ParameterCount(NamedTuple):
-    """`active`: what one token's forward pass multiplies by, without the embedding and the head, as the report counts."""
+    """`active`: what a token's forward pass uses, embedding and head left out, as the report counts."""
 
     total: int
     active: int
@@ -113,13 +113,13 @@ class ModelConfig:
             embeddings=embeddings,
         )
 
-    def estimate_memory(self, *, context: int, batch: int, dtype_bytes: int) -> MemoryEstimate:
-        """Bytes of weights, lightning states and keys and values for `batch` sequences of `context` tokens."""
+    def estimate_memory(self, *, context: int, batch: int, weight_bytes: int, cache_bytes: int) -> MemoryEstimate:
+        """Bytes for `batch` sequences of `context` tokens, given the bytes of one weight and of one cached number."""
         num_softmax = self.layers.count(SOFTMAX)
         state = (self.num_layers - num_softmax) * self.num_heads * self.head_dim**2 * 4
-        per_token = num_softmax * 2 * self.num_kv_heads * self.head_dim * dtype_bytes
+        per_token = num_softmax * 2 * self.num_kv_heads * self.head_dim * cache_bytes
         return MemoryEstimate(
-            weights=self.count_parameters().total * dtype_bytes,
+            weights=self.count_parameters().total * weight_bytes,
             state=batch * state,
             key_values=batch * context * per_token,
         )

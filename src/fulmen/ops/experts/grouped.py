@@ -1,7 +1,9 @@
 """The experts' products: choices sorted by expert, then one grouped product per matrix, without a loop over experts.
 
-Letters: T tokens, k choices each, R rows (the kept choices, sorted by expert), E experts, D hidden, F expert width.
+Letters: T tokens, k choices each, N kept choices, R rows of the grouped products, E experts, D hidden, F expert width.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulmen.ops.experts.routing import Routing
+
+ROUND = 64
 
 
 def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
@@ -25,63 +29,83 @@ def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    choices, ends = _sort_by_expert(routing, len(w13))
     with torch.autocast(device, enabled=False):
-        out = _ExpertsMLP.apply(x.to(dtype), w13.to(dtype), w2.to(dtype), routing.weights, choices, ends)
+        out = _ExpertsMLP.apply(x.to(dtype), w13.to(dtype), w2.to(dtype), routing.weights, _plan(routing, dtype))
     return out.to(x.dtype)
 
 
-def _sort_by_expert(routing: Routing, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The kept choices (flat numbers t * k + slot) in the order of their experts [R], and where each expert ends [E]."""
-    experts = routing.experts.flatten()
-    choices = experts.argsort(stable=True)
-    counts = routing.counts
+class Plan(NamedTuple):
+    """Which choice each row of the grouped products computes.
+
+    Each expert's rows are padded to a multiple of `ROUND`, so that a CPU's matrix library meets few different shapes
+    (it prepares a kernel per shape, which costs more than the product). Padding has weight 0 and is never read back.
+    """
+
+    rows: Tensor  # [N] the rows that hold the kept choices
+    choices: Tensor  # [N] their choices, as t * k + slot
+    tokens: Tensor  # [R] the token that each row reads, padding included
+    weights: Tensor  # [R, 1] the row's weight in its token's answer
+    ends: Tensor  # [E] int32, where each expert's rows end
+
+
+def _plan(routing: Routing, dtype: torch.dtype) -> Plan:
+    experts, num_experts = routing.experts.flatten(), len(routing.counts)
+    choices, counts = experts.argsort(stable=True), routing.counts
     if routing.kept is not None:
         choices = choices[routing.kept.flatten()[choices]]
         counts = torch.bincount(experts[choices], minlength=num_experts)
-    return choices, counts.cumsum(0, dtype=torch.int32)
+    step = ROUND if len(choices) > num_experts * ROUND else 1
+    ends = ((counts + step - 1) // step * step).cumsum(0)
+    # An expert's rows move up by the padding of all experts before it.
+    padding_before = torch.cat((ends.new_zeros(1), (ends - counts.cumsum(0))[:-1]))
+    rows = torch.arange(len(choices), device=choices.device) + padding_before[experts[choices]]
+    total = int(ends[-1])
+    tokens = torch.zeros(total, dtype=torch.int64, device=choices.device)
+    tokens[rows] = choices // routing.experts.shape[1]
+    weights = torch.zeros(total, 1, dtype=dtype, device=choices.device)
+    weights[rows, 0] = routing.weights.detach().flatten()[choices].to(dtype)
+    return Plan(rows, choices, tokens, weights, ends.to(torch.int32))
 
 
 class _ExpertsMLP(torch.autograd.Function):
     """Keeps the gate and up products [R, 2F]; what follows from them is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, choices: Tensor, ends: Tensor):
-        k = weights.shape[1]
-        gate_up = F.grouped_mm(x[choices // k], w13.mT, offs=ends)
+    def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, plan: Plan):
+        gate_up = F.grouped_mm(x[plan.tokens], w13.mT, offs=plan.ends)
         gate, up = gate_up.chunk(2, dim=-1)
-        y_RD = F.grouped_mm(F.silu(gate).mul_(up), w2.mT, offs=ends)
-        ctx.save_for_backward(x, w13, w2, weights, choices, ends, gate_up)
-        return _unsort(y_RD.mul_(weights.flatten()[choices].to(y_RD.dtype)[:, None]), choices, weights.shape)
+        y_RD = F.grouped_mm(F.silu(gate).mul_(up), w2.mT, offs=plan.ends)
+        ctx.save_for_backward(x, w13, w2, gate_up, *plan)
+        ctx.weights_shape = weights.shape
+        return _sum_per_token(y_RD.mul_(plan.weights), plan, weights.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor):
-        x, w13, w2, weights, choices, ends, gate_up = ctx.saved_tensors
-        tokens = choices // weights.shape[1]
-        weight_R1 = weights.flatten()[choices].to(x.dtype)[:, None]
+        x, w13, w2, gate_up, *saved = ctx.saved_tensors
+        plan = Plan(*saved)
         gate, up = gate_up.chunk(2, dim=-1)
-        d_y = d_out[tokens]
+        d_y = d_out[plan.tokens]
 
         # The weight's own gradient is (w2^T d_y) . act, so the answers y need not be kept.
         act_gate = F.silu(gate)
         act = act_gate * up
-        d_act = F.grouped_mm(d_y, w2, offs=ends)
-        d_weights = torch.zeros_like(weights).view(-1)
-        d_weights[choices] = (d_act * act).sum(dim=-1, dtype=torch.float32)
-        d_act *= weight_R1
-        d_w2 = F.grouped_mm(d_y.T, act.mul_(weight_R1), offs=ends)
+        d_act = F.grouped_mm(d_y, w2, offs=plan.ends)
+        d_weights = torch.zeros(ctx.weights_shape, dtype=torch.float32, device=x.device)
+        d_weights.view(-1)[plan.choices] = (d_act * act).sum(dim=-1, dtype=torch.float32)[plan.rows]
+        d_act *= plan.weights
+        d_w2 = F.grouped_mm(d_y.T, act.mul_(plan.weights), offs=plan.ends)
 
         d_gate_up = torch.cat((torch.ops.aten.silu_backward(d_act * up, gate), d_act.mul_(act_gate)), dim=-1)
-        d_w13 = F.grouped_mm(d_gate_up.T, x[tokens], offs=ends)
-        d_x = _unsort(F.grouped_mm(d_gate_up, w13, offs=ends), choices, weights.shape)
-        return d_x, d_w13, d_w2, d_weights.view_as(weights), None, None
+        d_w13 = F.grouped_mm(d_gate_up.T, x[plan.tokens], offs=plan.ends)
+        d_x = _sum_per_token(F.grouped_mm(d_gate_up, w13, offs=plan.ends), plan, ctx.weights_shape)
+        return d_x, d_w13, d_w2, d_weights, None
 
 
-def _unsort(rows_RD: Tensor, choices: Tensor, shape: torch.Size) -> Tensor:
-    """Sum the rows of each token: [R, D] in the order of `choices` to [T, D]. Dropped choices count as zero."""
+def _sum_per_token(rows_RD: Tensor, plan: Plan, shape: torch.Size) -> Tensor:
+    """Sum the rows of each token's kept choices: [R, D] to [T, D]."""
     tokens, k = shape
-    filled = torch.empty if len(choices) == tokens * k else torch.zeros
+    filled = torch.empty if len(plan.choices) == tokens * k else torch.zeros
     slots = filled(tokens * k, rows_RD.shape[1], dtype=rows_RD.dtype, device=rows_RD.device)
-    slots[choices] = rows_RD
+    slots[plan.choices] = rows_RD[plan.rows]
     return slots.view(tokens, k, -1).sum(dim=1)

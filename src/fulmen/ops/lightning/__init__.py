@@ -5,6 +5,8 @@
 `naive.py` is the definition, `chunked.py` computes the same with matrix products; README.md has the mathematics.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -101,6 +103,6 @@ def _check_borders(cu_seqlens: Tensor, batch: int, length: int) -> int:
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must be [N+1] int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
     borders = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != length or any(a >= b for a, b in zip(borders, borders[1:], strict=False)):
+    if borders[0] != 0 or borders[-1] != length or any(a >= b for a, b in itertools.pairwise(borders)):
         raise ValueError(f"cu_seqlens must rise strictly from 0 to T == {length}, got {borders}")
     return len(borders) - 1

@@ -4,6 +4,7 @@ Letters: N samples, G blocks of at most C tokens, H heads, K and V the widths of
 file derives the formulas.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ def chunked_lightning_attention(
     batch, length, heads, key_dim = q.shape
     value_dim = v.shape[3]
     borders = list(range(0, batch * length + 1, length)) if cu_seqlens is None else cu_seqlens.tolist()
-    longest = max(b - a for a, b in zip(borders, borders[1:], strict=False))
+    longest = max(b - a for a, b in itertools.pairwise(borders))
     if block is None:
         block = min(64 if max(key_dim, value_dim) <= 64 else 128, 1 << (longest - 1).bit_length())
     if segment is None:
@@ -64,7 +65,7 @@ class Blocks:
     @classmethod
     def cut(cls, borders: list[int], size: int, segment: int, device: torch.device) -> "Blocks":
         starts, lengths, sample, first, last = [], [], [], [], []
-        for n, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)):
+        for n, (begin, end) in enumerate(itertools.pairwise(borders)):
             for start in range(begin, end, size):
                 starts.append(start)
                 lengths.append(min(size, end - start))
@@ -180,7 +181,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _segment_backward(tiles, carry, initial, d_final, d_initial, d_carry, decays: _Decays, part: range):
-    """Gradients of a segment's q, k, v [g, H, C, D] and of the state before it; fills d_initial of samples it begins."""
+    """Gradients of a segment's q, k, v [g, H, C, D] and of the state before it; fills d_initial where samples begin."""
     b_q, b_k, b_v, b_do = tiles
     dtype, operand, blocks = initial.dtype, b_q.dtype, decays.blocks
     inside, to_end, whole = decays.inside.to(operand), decays.until_block_end(part), decays.whole_block(part)

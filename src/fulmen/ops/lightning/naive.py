@@ -3,6 +3,8 @@
 Slow for long inputs and what every faster form is compared with; for a single token it is also the fastest.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def naive_lightning_attention(
         return _recurrence(q, k, v, rates, state)
     outs, finals = [], []
     borders = cu_seqlens.tolist()
-    for n, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for n, (start, end) in enumerate(itertools.pairwise(borders)):
         initial = None if state is None else state[n : n + 1]
         out, final = _recurrence(q[:, start:end], k[:, start:end], v[:, start:end], rates, initial)
         outs.append(out)

@@ -1,5 +1,7 @@
 """Causal grouped-query attention over `torch.nn.functional.scaled_dot_product_attention`."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +32,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
     if cu_seqlens is None:
         return _one_sequence(q, k, v)
     borders = cu_seqlens.tolist()
-    samples = [slice(a, b) for a, b in zip(borders, borders[1:], strict=False)]
+    samples = [slice(a, b) for a, b in itertools.pairwise(borders)]
     return torch.cat([_one_sequence(q[:, s], k[:, s], v[:, s]) for s in samples], dim=1)
 
 

@@ -1,0 +1,146 @@
+"""Published checkpoints into a `LanguageModel`: tensor by tensor, never a second copy, never a pickle."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fulmen.checkpoint.config import load_config, read_json
+from fulmen.checkpoint.names import Piece, ignored_names, published_pieces, stacked_pieces
+from fulmen.config import UserError
+from fulmen.model import LanguageModel
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+READABLE_DTYPES = ("F64", "F32", "F16", "BF16")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Entry(NamedTuple):
+    """A tensor that a file holds, by the file's own header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """The text model in the checkpoint folder `path`, in either dialect, in eval mode.
+
+    The headers of all files are checked before the first tensor is read. Files are mapped into memory, and each tensor
+    is copied from there straight to its place on `device` in `dtype`: the model is held once, and the map of one shard
+    at a time is cache that the kernel may take back. Decay rates stay fp32.
+
+    Raises:
+        UserError: a file is missing, cut short or not safetensors; a tensor is missing, unexpected, of another shape or
+            quantised; the configuration is refused (`load_config`); there are only pickled weights.
+    """
+    folder = Path(path)
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    shards = _shards(folder)
+    entries = _read_headers(shards)
+    pieces = _match(folder, entries, model)
+    _allocate(model, device, dtype)
+    parameters = dict(model.named_parameters())
+    for shard in shards:
+        with _open(shard) as file, torch.no_grad():
+            for name in file.offset_keys():
+                if name in pieces:
+                    piece = pieces[name]
+                    parameters[piece.parameter][piece.index].copy_(file.get_tensor(name))
+    # Only the decay rates are left to move.
+    return model.to(device).eval()
+
+
+def _shards(folder: Path) -> dict[Path, set[str]]:
+    """The files with tensors, and the names that the index says each holds (none for a single file)."""
+    if (folder / SINGLE_FILE).exists():
+        return {folder / SINGLE_FILE: set()}
+    if not (folder / INDEX_FILE).exists():
+        pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"{folder} holds pickled weights ({pickles[0]}), which can run code and are never opened: "
+                "convert them to safetensors"
+            )
+        raise UserError(f"there is neither {SINGLE_FILE} nor {INDEX_FILE} in {folder}: get the weights again")
+    shards: dict[Path, set[str]] = {}
+    for name, file in _weight_map(folder / INDEX_FILE).items():
+        shards.setdefault(folder / file, set()).add(name)
+    return shards
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    weight_map: Any = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map: get it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index} says that {name} is in {file!r}, which is not the name of a file: get it again")
+    return weight_map
+
+
+def _read_headers(shards: Mapping[Path, set[str]]) -> dict[str, Entry]:
+    """All tensors of all shards by name."""
+    entries: dict[str, Entry] = {}
+    for shard, promised in shards.items():
+        with _open(shard) as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name in entries:
+                    raise UserError(f"{name} is both in {entries[name].file} and in {shard}: keep one of them")
+                header = file.get_slice(name)
+                entries[name] = Entry(shard, tuple(header.get_shape()), header.get_dtype())
+        if lacking := sorted(promised - entries.keys()):
+            raise UserError(f"{shard} lacks {_listed(lacking)}, which {INDEX_FILE} says it holds: get both again")
+    return entries
+
+
+@contextmanager
+def _open(shard: Path) -> Iterator[Any]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{shard} is missing, although {INDEX_FILE} names it: get it again") from None
+    except SafetensorError as error:
+        raise UserError(f"{shard} is cut short or not safetensors ({error}): get it again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {shard}: {error.strerror or error}") from None
+
+
+def _match(folder: Path, entries: Mapping[str, Entry], model: LanguageModel) -> dict[str, Piece]:
+    """Where each tensor of the files goes, by name; raises UserError unless they are exactly the model's."""
+    layouts = ({piece.name: piece for piece in pieces(model)} for pieces in (published_pieces, stacked_pieces))
+    expected = max(layouts, key=lambda layout: len(layout.keys() & entries.keys()))
+    ignored = ignored_names(model)
+    if missing := sorted(expected.keys() - entries.keys()):
+        raise UserError(f"{folder}: {len(missing)} of {len(expected)} tensors are missing: {_listed(missing)}")
+    if extra := sorted(entries.keys() - expected.keys() - ignored):
+        raise UserError(f"{entries[extra[0]].file}: {len(extra)} tensors are not of this model: {_listed(extra)}")
+    for name, piece in expected.items():
+        file, shape, dtype = entries[name]
+        if shape != piece.shape:
+            raise UserError(f"{file}: {name} should have the shape {list(piece.shape)}, found {list(shape)}")
+        if dtype not in READABLE_DTYPES:
+            raise UserError(f"{file}: {name} is stored as {dtype}; quantised weights are not supported")
+    return expected
+
+
+def _allocate(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Put parameters with undefined content in the place of the meta device's."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype)))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,104 @@
+"""A `LanguageModel` as a published checkpoint: one shard at a time, under the published names, whole or not at all."""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from fulmen.checkpoint.config import CONFIG_FILE, config_keys
+from fulmen.checkpoint.folder import replaced_folder
+from fulmen.checkpoint.generation import GENERATION_FILE
+from fulmen.checkpoint.names import Piece, published_pieces
+from fulmen.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from fulmen.config import UserError
+from fulmen.data import Tokenizer
+from fulmen.model import LanguageModel
+
+# transformers refuses files without it.
+METADATA = {"format": "pt"}
+
+
+def save_model(
+    model: LanguageModel,
+    path: str | Path,
+    dialect: str = "original",
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    eos_id: int | None = None,
+    bos_id: int | None = None,
+) -> None:
+    """Write the model, in the dtype that it has, as a checkpoint folder `path`.
+
+    Tensors are written from where they lie: without a copy on the CPU, with one shard's copy from another device. An
+    existing checkpoint at `path` is replaced, tokenizer included, once the new one is complete and on the disk.
+
+    Args:
+        dialect: "original" or "transformers"; they differ in config.json alone.
+        tokenizer: saved beside the weights; gives `eos_id` and `bos_id` where these are None.
+        max_shard_bytes: bytes of tensors in one file, except where one tensor is larger. A checkpoint that fits in one
+            file is a single one without an index.
+
+    Raises:
+        UserError: the dialect cannot say what the model is; `path` holds something else than a checkpoint; the
+            tokenizer has more entries than the model; the disk refuses.
+    """
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    if tokenizer is not None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} entries, the model only {model.config.vocab_size}: "
+                "save it with the tokenizer that it was trained with"
+            )
+        eos_id = tokenizer.eos_id if eos_id is None else eos_id
+        bos_id = tokenizer.bos_id if bos_id is None else bos_id
+    dtype = model.embed_tokens.weight.dtype
+    keys = config_keys(model.config, dialect, dtype=dtype, eos_id=eos_id, bos_id=bos_id)
+    with replaced_folder(Path(path)) as draft:
+        _write_json(draft / CONFIG_FILE, keys)
+        _write_json(draft / GENERATION_FILE, {"bos_token_id": bos_id, "eos_token_id": eos_id})
+        _write_shards(model, draft, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(draft)
+        # Some libraries give their files to the owner alone.
+        for file in draft.iterdir():
+            shutil.copymode(draft / CONFIG_FILE, file)
+
+
+def _write_shards(model: LanguageModel, folder: Path, max_shard_bytes: int) -> None:
+    parameters = dict(model.named_parameters())
+    shards = _split(published_pieces(model), max_shard_bytes, model.embed_tokens.weight.itemsize)
+    count = len(shards)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        names = [SINGLE_FILE]
+    else:
+        weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+        total = sum(parameter.nbytes for parameter in parameters.values())
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {piece.name: parameters[piece.parameter].detach()[piece.index].contiguous() for piece in shard}
+        save_file(tensors, folder / name, METADATA)
+
+
+def _split(pieces: Sequence[Piece], max_bytes: int, itemsize: int) -> list[list[Piece]]:
+    """In order, each shard as full as it may be."""
+    shards: list[list[Piece]] = []
+    room = 0
+    for piece in pieces:
+        size = math.prod(piece.shape) * itemsize
+        if not shards or size > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(piece)
+        room -= size
+    return shards
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

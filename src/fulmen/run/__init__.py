@@ -1,0 +1,25 @@
+"""What any run leaves on disk and how it resumes: its folder, metrics, progress, snapshots and plots.
+
+The room knows nothing of models: a run is steps that go by, tensors by name and a state that JSON holds.
+"""
+
+from fulmen.run.directory import RunDirectory
+from fulmen.run.files import write_atomic
+from fulmen.run.metrics import MetricsLog, read_metrics
+from fulmen.run.plots import plot_curves
+from fulmen.run.progress import Progress
+from fulmen.run.signals import StopRequest
+from fulmen.run.snapshot import Snapshot, SnapshotError, SnapshotStore
+
+__all__ = [
+    "MetricsLog",
+    "Progress",
+    "RunDirectory",
+    "Snapshot",
+    "SnapshotError",
+    "SnapshotStore",
+    "StopRequest",
+    "plot_curves",
+    "read_metrics",
+    "write_atomic",
+]

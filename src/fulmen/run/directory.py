@@ -1,0 +1,49 @@
+"""The folder of one run: where each thing lies, and the lock that keeps a second run out."""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from fulmen.config import UserError
+from fulmen.run.files import lock_file
+
+
+class RunDirectory:
+    """The folder of one run, by the names of what lies in it.
+
+    As a context manager it creates the folder and holds it for this process alone: a second run gets a `UserError` with
+    the process id of the first. The operating system drops the lock when the process ends, however it ends. Without
+    `with` it is only names, for those who read. Of the processes of a distributed run, the first alone enters it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.toml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.snapshots = self.path / "snapshots"
+        self.tensorboard = self.path / "tensorboard"
+        self.plots = self.path / "plots"
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(self.path / "lock", wait=False)
+            self._lock.truncate(0)
+            self._lock.write(f"{os.getpid()}\n")
+            self._lock.flush()
+        except BlockingIOError:
+            holder = (self.path / "lock").read_text().strip()
+            who = f"process {holder}" if holder else "another process"
+            raise UserError(f"{self.path} is in use by {who}: wait, stop it, or choose another folder") from None
+        except OSError as error:
+            raise UserError(f"cannot use {self.path} as the folder of a run: {error.strerror}") from None
+        # A forked worker inherits the open file; unless it lets go, the lock outlives a killed run.
+        os.register_at_fork(after_in_child=self._lock.close)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.close()

@@ -1,0 +1,222 @@
+"""A training run from recipe to checkpoint: what it reads, what it leaves in its folder, how it stops and resumes."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fulmen.checkpoint import load_config, load_model, save_model
+from fulmen.config import UserError, dump_recipe, load_recipe
+from fulmen.data import Batch, Document, PackedLoader, Tokenizer, held_out_batches, read_documents, sample_texts, split
+from fulmen.model import LanguageModel, ModelConfig, choose_device
+from fulmen.run import (
+    MetricsLog,
+    Progress,
+    RunDirectory,
+    Snapshot,
+    SnapshotStore,
+    StopRequest,
+    plot_curves,
+    read_metrics,
+    write_atomic,
+)
+from fulmen.train.recipe import TrainRecipe
+from fulmen.train.trainer import Trainer, TrainingDivergedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended. `stopped_by` is the signal that asked it to stop early, and `checkpoint` is then None."""
+
+    step: int
+    checkpoint: Path | None
+    held_out: list[tuple[int, float]]  # (step, bits per byte) of each evaluation
+    stopped_by: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Session:
+    """What the loop works with."""
+
+    trainer: Trainer
+    held_out: list[Batch]
+    tokenizer: Tokenizer
+    store: SnapshotStore
+    log: MetricsLog
+    progress: Progress
+
+
+def train(recipe: TrainRecipe, path: Path, *, resume: bool = False) -> RunResult:
+    """Train as the recipe says, in the run folder `path`: metrics, snapshots, plots, and at the end a checkpoint.
+
+    With `resume` the run goes on from its newest good snapshot, or begins if it has none.
+
+    Raises:
+        UserError: anything the user can mend: the recipe, the data, a folder in use or already used, a full disk.
+        TrainingDivergedError: a loss that is not finite; the message names the last good snapshot.
+    """
+    with RunDirectory(path) as directory:
+        store = SnapshotStore(directory.snapshots, keep=recipe.train.keep_snapshots)
+        snapshot = _choose_snapshot(directory, store, recipe, resume)
+        trainer, held_out, tokenizer = _prepare(recipe, directory, fresh=snapshot is None)
+        if snapshot is not None:
+            trainer.restore(snapshot.tensors(), snapshot.state)
+        with (
+            MetricsLog(directory, resume_step=None if snapshot is None else snapshot.step) as log,
+            Progress("train", recipe.schedule.steps, done=trainer.step) as progress,
+            StopRequest() as stop,
+        ):
+            session = _Session(
+                trainer=trainer, held_out=held_out, tokenizer=tokenizer, store=store, log=log, progress=progress
+            )
+            for warning in store.warnings:
+                progress.print(f"warning: {warning}")
+            _loop(session, stop)
+        plot_run(directory)
+        checkpoint = None
+        if trainer.step == recipe.schedule.steps:
+            checkpoint = directory.path / "checkpoint"
+            save_model(trainer.model, checkpoint, dialect=recipe.export.dialect, tokenizer=tokenizer)
+        return RunResult(
+            step=trainer.step,
+            checkpoint=checkpoint,
+            held_out=_held_out_curve(directory),
+            stopped_by=stop.requested,
+        )
+
+
+def plot_run(directory: RunDirectory) -> None:
+    """Draw the loss of the steps and of the held-out text into the run's folder of plots."""
+    metrics = read_metrics(directory.metrics)
+    series = {}
+    for name, key in (("training loss", "loss"), ("held-out loss", "held_out_loss")):
+        points = [(line["step"], line[key]) for line in metrics if key in line]
+        if points:
+            series[name] = tuple(zip(*points, strict=True))
+    title = f"{directory.path.name}: loss per token"
+    plot_curves(directory.plots / "loss.png", series, title=title, x_label="step", y_label="nats per token")
+
+
+def _choose_snapshot(
+    directory: RunDirectory, store: SnapshotStore, recipe: TrainRecipe, resume: bool
+) -> Snapshot | None:
+    """The snapshot to go on from, or None to begin; keeps the recipe beside what it made."""
+    begun = directory.recipe.exists()
+    if begun and not resume:
+        raise UserError(f"{directory.path} already holds a run: add --resume to go on, or choose another --dir")
+    if begun:
+        _check_same_run(load_recipe(directory.recipe, TrainRecipe), recipe, directory.path)
+    snapshot = store.latest()
+    write_atomic(directory.recipe, dump_recipe(recipe))
+    return snapshot
+
+
+def _check_same_run(before: TrainRecipe, now: TrainRecipe, path: Path) -> None:
+    """What decides which numbers come out may not change in the middle of a run; how long and how often may."""
+    for section in ("model", "data", "optimizer"):
+        for f in dataclasses.fields(getattr(before, section)):
+            old, new = (getattr(getattr(recipe, section), f.name) for recipe in (before, now))
+            if old != new:
+                raise UserError(f"{path} was begun with {section}.{f.name} = {old!r}, the recipe now says {new!r}")
+    if before.train.seed != now.train.seed:
+        raise UserError(f"{path} was begun with train.seed = {before.train.seed}, the recipe now says {now.train.seed}")
+
+
+def _prepare(recipe: TrainRecipe, directory: RunDirectory, *, fresh: bool) -> tuple[Trainer, list[Batch], Tokenizer]:
+    """Tokenizer, data and model, ready for step 0."""
+    torch.manual_seed(recipe.train.seed)
+    device = choose_device(recipe.train.device)
+    documents = read_documents(recipe.data.sources, text_field=recipe.data.text_field)
+    training, held_out = split(documents, recipe.data.held_out)
+    config = _model_config(recipe)
+    tokenizer = _tokenizer(recipe, config, directory, training, fresh)
+    shape = {"sequence_length": recipe.data.sequence_length, "batch_tokens": recipe.schedule.batch_tokens}
+    loader = PackedLoader(training, tokenizer, seed=recipe.train.seed, **shape)
+    shape["batch_tokens"] = min(shape["batch_tokens"], 8192)
+    evaluation = []
+    if len(held_out):
+        evaluation = held_out_batches(held_out, tokenizer, max_tokens=recipe.data.held_out_tokens, **shape)
+    if recipe.model.init_from is None:
+        model = LanguageModel(config).to(device)
+    else:
+        model = load_model(recipe.model.init_from, device=device)
+    return Trainer(model, loader, recipe, device), evaluation, tokenizer
+
+
+def _model_config(recipe: TrainRecipe) -> ModelConfig:
+    section = recipe.model
+    changes = {f.name: getattr(section, f.name) for f in dataclasses.fields(ModelConfig)}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if section.init_from is not None:
+        if section.preset is not None or changes:
+            raise UserError("model.init_from brings its own sizes: leave out the other keys of [model]")
+        return load_config(section.init_from)
+    if section.preset is None:
+        raise UserError("the recipe's [model] needs a preset, or init_from with a checkpoint")
+    return ModelConfig.preset(section.preset, **changes)
+
+
+def _tokenizer(
+    recipe: TrainRecipe, config: ModelConfig, directory: RunDirectory, training: Sequence[Document], fresh: bool
+) -> Tokenizer:
+    """The run's own tokenizer, the one that the recipe or the checkpoint brings, or one trained on the text."""
+    kept = directory.path / "tokenizer"
+    if not fresh:
+        return Tokenizer.load(kept)
+    source = recipe.data.tokenizer or recipe.model.init_from
+    if source is not None:
+        tokenizer = Tokenizer.load(source)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"tokenizer {source} has {tokenizer.vocab_size} tokens, more than model.vocab_size {config.vocab_size}"
+            )
+    else:
+        tokenizer = Tokenizer.train(sample_texts(training, recipe.data.tokenizer_sample_bytes), config.vocab_size)
+    tokenizer.save(kept)
+    return tokenizer
+
+
+def _loop(session: _Session, stop: StopRequest) -> None:
+    """Steps until the schedule ends or a signal asks to stop; the last thing done is always a snapshot."""
+    trainer, settings = session.trainer, session.trainer.recipe.train
+    steps = trainer.recipe.schedule.steps
+    if trainer.step == 0:
+        _evaluate(session)
+    while trainer.step < steps and not stop.requested:
+        started = time.perf_counter()
+        try:
+            metrics = trainer.train_step(detailed=(trainer.step + 1) % settings.routing_every == 0)
+        except TrainingDivergedError as error:
+            raise TrainingDivergedError(f"{error}; {_last_good(session.store)}") from None
+        rate = metrics["batch_tokens"] / (time.perf_counter() - started)
+        session.log.log(trainer.step, **metrics, tokens_per_second=rate)
+        session.progress.advance(loss=metrics["loss"], **{"tokens/s": int(rate)})
+        last = trainer.step == steps
+        if last or (settings.evaluate_every and trainer.step % settings.evaluate_every == 0):
+            _evaluate(session)
+        if last or stop.requested or trainer.step % settings.snapshot_every == 0:
+            session.log.flush()
+            session.store.save(trainer.step, trainer.tensors(), trainer.state())
+
+
+def _evaluate(session: _Session) -> None:
+    if session.held_out:
+        metrics = session.trainer.evaluate(session.held_out, session.tokenizer.byte_lengths())
+        session.log.log(session.trainer.step, **metrics)
+        bits = metrics["held_out_bits_per_byte"]
+        session.progress.print(f"step {session.trainer.step}: held-out {bits:.3f} bits per byte")
+
+
+def _last_good(store: SnapshotStore) -> str:
+    steps = store.steps()
+    if not steps:
+        return "there is no snapshot yet; a lower optimizer.learning_rate or a longer schedule.warmup may help"
+    return f"the last good snapshot is of step {steps[-1]} in {store.folder}"
+
+
+def _held_out_curve(directory: RunDirectory) -> list[tuple[int, float]]:
+    key = "held_out_bits_per_byte"
+    return [(line["step"], line[key]) for line in read_metrics(directory.metrics) if key in line]

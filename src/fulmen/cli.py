@@ -4,9 +4,13 @@ A room is imported by the verb that needs it, so that `fulmen --help` answers at
 """
 
 import argparse
+import contextlib
+import functools
+import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,17 +30,17 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 done, 1 training diverged, 2 for the user to mend, 128 + n stopped by signal n."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
     except UserError as error:
         code = _fail(str(error), 2)
     except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
+        code = _fail("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
         # The reader has gone (`fulmen info ... | head`); what is still buffered has nowhere to go.
-        sys.stdout = None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 128 + signal.SIGPIPE
     sys.exit(code)
 
@@ -44,6 +48,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def _fail(message: str, code: int) -> int:
     print(f"fulmen: error: {message}", file=sys.stderr)
     return code
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,8 +153,8 @@ def _add_checkpoints(verbs) -> None:
         "fulmen info minimax-text-01 --context 1000000 --batch 1 --dtype int8",
     )
     parser.add_argument("model", help="a named size, a checkpoint's folder or a training run's")
-    parser.add_argument("--context", type=int, default=8192, help="tokens per sequence (default: 8192)")
-    parser.add_argument("--batch", type=int, default=1, help="sequences at a time (default: 1)")
+    parser.add_argument("--context", type=_count, default=8192, help="tokens per sequence (default: 8192)")
+    parser.add_argument("--batch", type=_count, default=1, help="sequences at a time (default: 1)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="bfloat16", help="(default: bfloat16)"
     )
@@ -176,11 +186,13 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, TrainRecipe, arguments.set)
     folder = arguments.dir or Path("runs") / Path(arguments.recipe).stem
     try:
-        result = train(recipe, folder, resume=arguments.resume)
+        result = train(recipe, folder, resume=arguments.resume, report=functools.partial(print, flush=True))
     except TrainingDivergedError as error:
         return _fail(str(error), 1)
     if result.checkpoint is None:
-        print(f"stopped at step {result.step} of {recipe.schedule.steps}, snapshot saved; go on with --resume")
+        # The run's own copy of the recipe holds all that --set changed.
+        command = shlex.join(["fulmen", "train", str(folder / "recipe.toml"), "--dir", str(folder), "--resume"])
+        print(f"stopped at step {result.step} of {recipe.schedule.steps}, snapshot saved; go on with\n  {command}")
         return 128 + result.stopped_by
     print(f"checkpoint: {result.checkpoint}\nloss plot:  {folder / 'plots' / 'loss.png'}")
     return 0
@@ -188,7 +200,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _quickstart(arguments: argparse.Namespace) -> int:
     folder = arguments.dir or Path("runs/quickstart")
-    if not (folder / "checkpoint").exists():
+    if (folder / "checkpoint").exists() and not arguments.set:
+        print(f"{folder} holds a trained model; delete the folder to train it anew.")
+    else:
         print("Training a hybrid lightning + softmax mixture-of-experts model on the Python standard library's source.")
         # A run that was broken off goes on.
         code = _train(argparse.Namespace(recipe="quickstart", dir=folder, set=arguments.set, resume=True))
@@ -211,7 +225,8 @@ def _print_samples(folder: Path) -> None:
     curve = [
         line["held_out_bits_per_byte"] for line in read_metrics(folder / "metrics.jsonl") if "held_out_loss" in line
     ]
-    print(f"\nHeld-out text: {curve[0]:.2f} bits per byte before training, {curve[-1]:.2f} after.")
+    if curve:
+        print(f"\nHeld-out text: {curve[0]:.2f} bits per byte before training, {curve[-1]:.2f} after.")
     generator = TextGenerator.load(folder)
     params = SamplingParams(max_tokens=80, temperature=0.7, top_p=0.95, seed=1)
     for prompt in SAMPLES:
@@ -222,24 +237,49 @@ def _print_samples(folder: Path) -> None:
 
 def _generate(arguments: argparse.Namespace) -> int:
     params = _sampling_params(arguments)
-    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    prompt = _read_prompt() if arguments.prompt is None else arguments.prompt
     generator = _load_generator(arguments)
+    pieces = generator.stream(generator.encode(prompt), params)
     print(prompt, end="", flush=True)
-    for piece in generator.stream(generator.encode(prompt), params):
-        print(piece.text, end="", flush=True)
-    print()
+    try:
+        for piece in pieces:
+            print(piece.text, end="", flush=True)
+    finally:
+        print()
     return 0
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        print("type the text to continue, then Ctrl-D:", file=sys.stderr)
+    with _utf8_input():
+        return sys.stdin.read()
+
+
+@contextlib.contextmanager
+def _utf8_input() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the input is not UTF-8 at byte offset {error.start}: convert it, for example with iconv"
+        ) from None
 
 
 def _chat(arguments: argparse.Namespace) -> int:
     from fulmen.serve import Conversation
+
+    # Gives `input` its line editing and history, where Python has it.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
 
     params = _sampling_params(arguments)
     generator = _load_generator(arguments)
     conversation = Conversation(generator, system=arguments.system)
     while True:
         try:
-            text = input("you: ")
+            with _utf8_input():
+                text = input("you: ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
@@ -247,18 +287,19 @@ def _chat(arguments: argparse.Namespace) -> int:
             return 0
         if text == "/reset":
             conversation = Conversation(generator, system=arguments.system)
-        elif text.strip():
-            _print_reply(conversation.reply(text, params))
+        elif text:
+            _print_reply(conversation, text, params)
 
 
-def _print_reply(pieces) -> None:
+def _print_reply(conversation, text: str, params) -> None:
     """Stream an answer; Ctrl-C leaves it and keeps the conversation, and so does an error the user can mend."""
     print("ai: ", end="", flush=True)
     try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
+        with contextlib.closing(conversation.reply(text, params)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        pieces.close()
+        print(" [left]", end="")
     except UserError as error:
         print(f"[{error}; /reset starts anew]", end="")
     print()

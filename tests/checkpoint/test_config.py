@@ -162,6 +162,7 @@ def test_other_dialects_spelling_is_read(tmp_path):
         ({"attn_type_list": [0, 2] * 40}, r"attn_type_list must be a list of \[0, 1\]"),
         ({"attn_type_list": [[0]] * 80}, r"attn_type_list must be a list of \[0, 1\]"),
         ({"attn_type_list": [0, 1]}, "num_hidden_layers is 80, but the list of layers has 2"),
+        ({"attn_type_list": [], "num_hidden_layers": 0}, "num_layers must be at least 1"),
         ({"hidden_size": "6144"}, "hidden_size must be an integer, got '6144'"),
         ({"hidden_size": True}, "hidden_size must be an integer, got True"),
         ({"num_local_experts": [32, 16]}, r"num_local_experts must be an integer, got \[32, 16\]"),

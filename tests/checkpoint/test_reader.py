@@ -55,14 +55,16 @@ def test_dtype_and_decay_rates(model, sharded):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_everything_is_on_the_device(sharded):
+def test_everything_is_on_the_gpu(sharded):
     loaded = load_model(sharded, device="cuda", dtype=torch.bfloat16)
     assert {tensor.device.type for tensor in (*loaded.parameters(), *loaded.buffers())} == {"cuda"}
 
 
-def test_nothing_is_left_on_the_meta_device(sharded):
-    loaded = load_model(sharded)
-    assert {tensor.device.type for tensor in (*loaded.parameters(), *loaded.buffers())} == {"cpu"}
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_everything_is_on_the_device_asked_for(sharded, device):
+    """The meta device stands for a GPU."""
+    loaded = load_model(sharded, device=device)
+    assert {tensor.device.type for tensor in (*loaded.parameters(), *loaded.buffers())} == {device}
 
 
 def test_decay_buffers_of_transformers_are_passed_over(single):
@@ -87,10 +89,10 @@ def test_stacked_names_of_transformers(model, single):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(LAST), f"1 of 75 tensors are missing: {LAST}$"),
+        (lambda t: t.pop(LAST), f"1 of 83 tensors are missing: {LAST}$"),
         (
             lambda t: t.clear() or t.update(x=torch.ones(1)),
-            r"75 of 75 tensors are missing: lm_head.weight, .*, \.\.\.$",
+            r"83 of 83 tensors are missing: lm_head.weight, .*, \.\.\.$",
         ),
         (lambda t: t.update(bias=torch.ones(1)), r"model.safetensors: 1 tensors are not of this model: bias$"),
         # Softmax layers have no decay.

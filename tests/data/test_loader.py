@@ -13,7 +13,7 @@ from fulmen.config import UserError
 from fulmen.data.chat import encode_chat
 from fulmen.data.documents import Document
 from fulmen.data.loader import PackedLoader, corpus_fingerprint, encode_document, held_out_batches
-from fulmen.data.tokenizer import EOS, Tokenizer
+from fulmen.data.tokenizer import BOS, EOS, Tokenizer
 
 CHAT = ({"role": "user", "content": f"add{EOS}"}, {"role": "assistant", "content": "def add"})
 DOCUMENTS = [Document("def f(x): return x\n" * (number % 5) + f"{number}", f"{number}.py") for number in range(23)]
@@ -131,6 +131,13 @@ def test_resuming_at_any_step_gives_the_same_batches(tokenizer, interleave):
         assert same(rest_of(resumed, sizes), batches[turn:])
 
 
+def test_only_documents_being_read_are_kept(tokenizer):
+    loader = loader_of(tokenizer, interleave=3)
+    for _ in range(50):
+        loader.next_batch()
+        assert len(loader._open_ids) <= 3
+
+
 def test_loading_a_state_goes_back_within_one_loader_too(tokenizer):
     loader = loader_of(tokenizer, epochs=1)
     loader.next_batch()
@@ -243,6 +250,15 @@ def test_the_held_out_pass_is_spread_over_documents_and_within_them(tokenizer):
     # Twenty documents, one piece of 16 tokens each: about half lie in the first half of their documents.
     assert 5 <= len(set(ids.values()) & set(seen)) <= 15
     assert same(batches, held_out_batches(documents, tokenizer, **layout))
+
+
+def test_a_short_held_out_pass_does_not_keep_to_the_first_documents(tokenizer):
+    documents = [Document(f"{number:03d}", f"{number}") for number in range(200)]
+    batches = held_out_batches(documents, tokenizer, batch_tokens=64, sequence_length=16, max_tokens=64)
+    text = tokenizer.decode(batches[0].tokens[0].tolist(), skip_special=False)
+    numbers = [int(number) for number in text.split(BOS)[1:-1]]
+    assert min(numbers) < 50
+    assert max(numbers) > 150
 
 
 @pytest.mark.parametrize("max_tokens", [1, 15, 16, 17, 200])

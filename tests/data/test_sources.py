@@ -26,6 +26,13 @@ def test_one_source_may_be_a_bare_string_and_its_origin_does_not_name_the_folder
     assert list(read_documents("[odd].txt")) == expected
 
 
+def test_a_link_goes_by_its_own_name(tmp_path):
+    (tmp_path / "blob").write_text('{"text": "linked"}\n')
+    (tmp_path / "train.jsonl").symlink_to(tmp_path / "blob")
+    documents = read_documents([str(tmp_path / "*.jsonl")], cache=tmp_path / "cache")
+    assert list(documents) == [Document("linked", "train.jsonl#1")]
+
+
 def test_embedded_sources_share_their_files_names():
     library = read_documents(["stdlib"])
     both = read_documents(["stdlib", "stdlib-dialogues"])

@@ -86,7 +86,8 @@ def test_reading_needs_no_network_and_makes_no_noise(tmp_path, read, monkeypatch
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     datasets.enable_progress_bars()
-    level = datasets.logging.get_verbosity()
+    level = datasets.logging.INFO
+    datasets.logging.set_verbosity(level)
     read(write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}]))
     read(write_parquet(tmp_path / "b.parquet", text=["one"]))
     with pytest.raises(UserError):
@@ -94,6 +95,7 @@ def test_reading_needs_no_network_and_makes_no_noise(tmp_path, read, monkeypatch
     assert capfd.readouterr() == ("", "")
     assert not datasets.are_progress_bars_disabled()
     assert datasets.logging.get_verbosity() == level
+    datasets.logging.set_verbosity_warning()
 
 
 def test_empty_tables_give_nothing_beside_others(tmp_path, read):

@@ -166,13 +166,14 @@ def test_saving_and_loading(tokenizer, tmp_path):
         assert torch.equal(loaded.byte_lengths(), tokenizer.byte_lengths())
 
 
-def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tokenizer, other_family, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tokenizer, other_family, tmp_path, monkeypatch, step):
     tokenizer.save(tmp_path)
 
-    def full(descriptor):
+    def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(module.os, step, full)
     with pytest.raises(UserError, match=r"cannot write .*tokenizer\.json: No space left on device"):
         Tokenizer(other_family).save(tmp_path)
     assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
@@ -234,3 +235,5 @@ def test_transformers_agrees(tokenizer, theirs, text):
 def test_transformers_knows_the_special_tokens(tokenizer, theirs):
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     assert len(theirs) == tokenizer.vocab_size
+    # Older versions would join ` ,` to `,` when they decode unless told not to.
+    assert theirs.clean_up_tokenization_spaces is False

@@ -103,7 +103,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def shortest_plan(layers: str) -> str:
     """The shortest string that, repeated and cut to the depth, gives these layers: LLSLLSL has the plan LLS."""
     periods = (n for n in range(1, len(layers) + 1) if all(a == b for a, b in zip(layers, layers[n:], strict=False)))
-    return layers[: next(periods)]
+    return layers[: next(periods, 0)]
 
 
 def _check_expressible(config: ModelConfig, dialect: str) -> None:

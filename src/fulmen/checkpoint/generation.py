@@ -34,14 +34,12 @@ def load_generation_config(path: str | Path) -> GenerationConfig:
     folder = Path(path)
     config = read_json(folder / CONFIG_FILE)
     generation = read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).exists() else {}
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     eos, bos = (_first(generation.get(key), config.get(key)) for key in ("eos_token_id", "bos_token_id"))
-    if eos is None and tokenizer is not None:
-        eos = tokenizer.eos_id
+    if None in (eos, bos) and (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.load(folder)
+        eos, bos = _first(eos, tokenizer.eos_id), _first(bos, tokenizer.bos_id)
     if eos is None and config.get("vocab_size") == RELEASED_VOCAB_SIZE:
         eos = RELEASED_EOS_ID
-    if bos is None and tokenizer is not None:
-        bos = tokenizer.bos_id
     return GenerationConfig(
         eos_ids=_ids(eos, folder),
         bos_id=next(iter(_ids(bos, folder)), None),

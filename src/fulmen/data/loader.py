@@ -112,7 +112,6 @@ class PackedLoader:
                     "restore it, or start a new run"
                 )
         self._position = position
-        self._open_ids = {}
 
     def _document_ids(self, epoch: int, turn: int) -> torch.Tensor | None:
         """The ids of the document whose turn it is; None past the end of an epoch, or of the last one."""

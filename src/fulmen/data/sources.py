@@ -90,7 +90,8 @@ def _match(source: str) -> list[Path]:
     if exact.is_dir():
         raise UserError(f"{source} is a directory: name its files, for example {exact.as_posix()}/**/*.txt")
     found = [exact] if exact.is_file() else [Path(path) for path in sorted(glob.glob(source, recursive=True))]
-    paths = [path.resolve() for path in found if path.is_file()]
+    # Links are not followed: a download cache links `train.parquet` to a file whose name says nothing.
+    paths = [Path(os.path.abspath(path)) for path in found if path.is_file()]
     if not paths:
         raise UserError(f"no file matches {source!r}: give a path, a glob, or one of {', '.join(EMBEDDED)}")
     return paths

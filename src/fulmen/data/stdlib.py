@@ -98,7 +98,7 @@ def _first_paragraph(docstring: str) -> str:
 def _source_without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:
     first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
     docstring, following = function.body[0], function.body[1]
-    shares_a_line = docstring.lineno <= function.lineno or following.lineno <= docstring.end_lineno
+    shares_a_line = following.lineno == docstring.end_lineno
     if shares_a_line:
         return None
     kept = lines[first - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : function.end_lineno]

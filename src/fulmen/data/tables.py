@@ -26,7 +26,7 @@ MESSAGES = "messages"
 
 
 class Table:
-    """A shelf of documents: the rows with text of one file, numbered as in the file, from 1."""
+    """A shelf of documents: the rows with text of one file. All its rows are numbered, from 1; blank lines are none."""
 
     def __init__(self, dataset: datasets.Dataset, field: str, rows: np.ndarray, name: str, *, conversations: bool):
         self._column = dataset.select_columns([field])
@@ -80,7 +80,7 @@ def _load(path: Path, cache: Path | None) -> datasets.Dataset | None:
             return None
         if path.suffix == ".jsonl":
             _raise_first_fault(path, None)
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = (str(error.__cause__ or error) or repr(error)).splitlines()[0]
         raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from error
 
 

@@ -218,9 +218,7 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """What was held back, as U+FFFD since it will not be completed; the decoder is as new after it."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", final=True)
 
 
 def chat_template() -> str:

@@ -34,14 +34,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             d_hidden = torch.empty_like(hidden) if want_hidden else None
             d_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+            logits = torch.empty(min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device)
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
                 h_TD, target = hidden[part].to(dtype), targets[part]
-                log_probs = F.log_softmax(F.linear(h_TD, operand).float(), dim=-1)
-                total += F.nll_loss(log_probs, target, ignore_index=IGNORE, reduction="sum")
-                if not (want_hidden or want_weight):
-                    continue
-                d_logits = _softmax_minus_target(log_probs, target).to(dtype)
+                part_logits = logits[: len(target)].copy_(F.linear(h_TD, operand))
+                nll, d_logits = _nll_and_gradient(part_logits, target)
+                total += nll
+                if want_hidden or want_weight:
+                    d_logits = d_logits.to(dtype)
                 if want_hidden:
                     d_hidden[part] = d_logits @ operand
                 if want_weight:
@@ -59,9 +60,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-def _softmax_minus_target(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """d loss / d logits, in the storage of log_probs [T, V]; rows without a target are zero."""
-    grad = log_probs.exp_()
+def _nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed -log softmax(logits)[target], and its gradient by the logits in their own storage [T, V] fp32."""
     counted = targets != IGNORE
-    grad[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1
-    return grad.mul_(counted[:, None]) if not bool(counted.all()) else grad
+    column = targets.clamp(min=0)[:, None]
+    at_target, highest = logits.gather(1, column)[:, 0], logits.amax(dim=-1)
+    probs = torch.softmax(logits, dim=-1, out=logits)
+    # The largest probability is at least 1 / V, so its logarithm is exact where that of the target's may underflow.
+    log_sum = highest - probs.amax(dim=-1).log()
+    nll = torch.where(counted, log_sum - at_target, 0.0).sum()
+    probs.scatter_add_(1, column, torch.full_like(column, -1, dtype=probs.dtype))
+    return nll, probs.mul_(counted[:, None]) if not bool(counted.all()) else probs

@@ -46,23 +46,22 @@ class TextGenerator:
     def load(cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "TextGenerator":
         """From a checkpoint's folder, or from a training run's, which has one in `checkpoint`."""
         path = find_checkpoint(path)
+        eos_ids = load_generation_config(path).eos_ids
         tokenizer = Tokenizer.load(path)
-        model = load_model(path, device=device, dtype=dtype)
-        return cls(model, tokenizer, load_generation_config(path).eos_ids)
+        return cls(load_model(path, device=device, dtype=dtype), tokenizer, eos_ids)
 
     def encode(self, text: str) -> list[int]:
         """A prompt's tokens as a document begins in training: the beginning-of-sentence token, then the text."""
         start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         return start + self.tokenizer.encode(text)
 
-    @torch.inference_mode()
     def stream(
         self, prompt: Sequence[int], params: SamplingParams, *, context: Context | None = None
     ) -> Iterator[Generated]:
         """The answer to a prompt of token ids, piece by piece as it is decoded; ends where `params` say.
 
-        context: what earlier calls saw; it is reused as far as the prompt begins with it, and advanced.
-        Raises UserError for an empty prompt or one that exceeds the model's positions.
+        context: what earlier calls saw; it is reused if the prompt begins with all of it, and advanced.
+        Raises UserError at once for an empty prompt or one that exceeds the model's positions.
         """
         room = self.model.config.max_positions - len(prompt)
         if not prompt:
@@ -72,11 +71,20 @@ class TextGenerator:
                 f"the prompt has {len(prompt)} tokens; the model has {self.model.config.max_positions} positions, "
                 "of which the answer needs at least one"
             )
-        context = Context() if context is None else context
+        return self._answer(prompt, params, min(params.max_tokens, room), Context() if context is None else context)
+
+    def generate(self, prompt: str, params: SamplingParams) -> str:
+        """The whole answer to a text."""
+        return "".join(piece.text for piece in self.stream(self.encode(prompt), params))
+
+    @torch.inference_mode()
+    def _answer(
+        self, prompt: Sequence[int], params: SamplingParams, limit: int, context: Context
+    ) -> Iterator[Generated]:
+        """`stream` of `limit` tokens at most."""
         logits = self._begin(prompt, context)
         generator, decoder = params.generator(), self.tokenizer.stream()
         held, tokens = "", []
-        limit = min(params.max_tokens, room)
         for count in range(1, limit + 1):
             token = sample(logits, params, generator)
             ended = token in self.eos_ids
@@ -93,10 +101,6 @@ class TextGenerator:
                 tokens = []
             logits = self._advance([token], context)
 
-    def generate(self, prompt: str, params: SamplingParams) -> str:
-        """The whole answer to a text."""
-        return "".join(piece.text for piece in self.stream(self.encode(prompt), params))
-
     def _begin(self, prompt: Sequence[int], context: Context) -> Tensor:
         """Logits [V] after the prompt, of which what the context has seen is not computed again."""
         known = len(context.seen)
@@ -108,32 +112,55 @@ class TextGenerator:
 
     def _advance(self, tokens: list[int], context: Context) -> Tensor:
         """Logits [V] after further tokens."""
+        # A cache that an interruption leaves half advanced is of no use, so the context is without it meanwhile.
+        cache, context.cache = context.cache, None
         device = self.model.embed_tokens.weight.device
-        hidden, _ = self.model.hidden(torch.tensor([tokens], device=device), cache=context.cache)
+        hidden, _ = self.model.hidden(torch.tensor([tokens], device=device), cache=cache)
         context.seen.extend(tokens)
+        context.cache = cache
         return self.model.logits(hidden[0, -1])
 
 
 class Conversation:
-    """Turns of user and assistant; the cache is carried from turn to turn."""
+    """Turns of user and assistant. The cache is carried from turn to turn, so that each turn costs its own tokens."""
 
     def __init__(self, generator: TextGenerator, *, system: str | None = None):
         self.generator = generator
         self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self._ids = encode_chat(generator.tokenizer, self.messages, generate=False) if self.messages else []
         self._context = Context()
 
     def reply(self, text: str, params: SamplingParams) -> Iterator[str]:
-        """The assistant's answer to the user's text, streamed. Both are kept once the answer ends or is left."""
-        messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = encode_chat(self.generator.tokenizer, messages)
-        answer = ""
+        """The assistant's answer to the user's text, streamed. Both are kept once the answer ends or is left.
+
+        Raises UserError at once for a tokenizer without the tokens of a chat and where the positions do not suffice.
+        """
+        question = {"role": "user", "content": text}
+        prompt = self._ids + encode_chat(self.generator.tokenizer, [question])
+        return self._answer(question, prompt, self.generator.stream(prompt, params, context=self._context))
+
+    def _answer(self, question: dict[str, str], prompt: list[int], pieces: Iterator[Generated]) -> Iterator[str]:
+        answer, tokens = "", []
         try:
-            for piece in self.generator.stream(prompt, params, context=self._context):
+            for piece in pieces:
                 answer += piece.text
+                tokens += piece.tokens
                 yield piece.text
         finally:
-            if answer:
-                self.messages = [*messages, {"role": "assistant", "content": answer}]
+            if tokens:
+                self.messages += [question, {"role": "assistant", "content": answer}]
+                self._ids = prompt + self._spoken(answer, tokens)
+
+    def _spoken(self, answer: str, tokens: list[int]) -> list[int]:
+        """The ids of an answer and of the end of its turn."""
+        tokenizer = self.generator.tokenizer
+        # The model saw the tokens that it drew, which need not be those that its text would be cut into. Of an answer
+        # that a stop string ended, though, they say more than was given out.
+        if tokens[-1] in self.generator.eos_ids:
+            tokens = tokens[:-1]
+        if tokenizer.decode(tokens) != answer:
+            tokens = tokenizer.encode(answer)
+        return [*tokens, tokenizer.eos_id, *tokenizer.encode("\n")]
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -149,9 +176,11 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def _split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
     """(text to give out, text to hold back because a stop string may have begun, whether one was met)."""
-    met = [position for position in (text.find(stop) for stop in stops) if position >= 0]
+    found = [(text.find(stop), stop) for stop in stops]
+    # The one that is complete first, so that it does not matter in which pieces the text comes.
+    met = [(start + len(stop), start) for start, stop in found if start >= 0]
     if met:
-        return text[: min(met)], "", True
+        return text[: min(met)[1]], "", True
     longest = max((len(stop) - 1 for stop in stops), default=0)
     for start in range(max(0, len(text) - longest), len(text)):
         if any(stop.startswith(text[start:]) for stop in stops):

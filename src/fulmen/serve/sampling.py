@@ -30,6 +30,8 @@ class SamplingParams:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if "" in self.stop:
             raise UserError("a stop string must not be empty")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be at least 0 and below 2**63, got {self.seed}")
 
     def generator(self) -> torch.Generator:
         """The source of randomness of one answer, on the CPU."""
@@ -52,7 +54,8 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
         likeliest, tokens = logits.topk(params.top_k)
     else:
         likeliest, tokens = logits.sort(descending=True)
-    probs = ((likeliest - likeliest[0]) / params.temperature).softmax(dim=-1)
+    # In double precision any temperature above 0 divides; in single the smallest ones would be 0.
+    probs = ((likeliest - likeliest[0]).double() / params.temperature).softmax(dim=-1)
     if params.top_p < 1:
         # A token is out when those before it reach p by themselves; the first is never out.
         probs = probs.masked_fill(probs.cumsum(0) - probs >= params.top_p, 0)

@@ -1,8 +1,11 @@
 """The sections of a training recipe. Every key, its default and its check is here and nowhere else."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 from fulmen.model import ModelConfig
 
@@ -20,10 +23,20 @@ ModelSection = dataclasses.make_dataclass(
 )
 
 
-def _at_least(section: object, least: float, *names: str) -> None:
+def _check(section: object, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
     for name in names:
-        if getattr(section, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(section, name)}")
+        value = getattr(section, name)
+        # TOML has nan, which no comparison holds for, and inf.
+        if value == math.inf or not holds(value):
+            raise ValueError(f"{name} must be {rule}, got {value}")
+
+
+def _at_least(section: object, least: int, *names: str) -> None:
+    _check(section, f"at least {least}", lambda value: value >= least, *names)
+
+
+def _above_zero(section: object, *names: str) -> None:
+    _check(section, "above 0", lambda value: value > 0, *names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +64,12 @@ class OptimizerSection:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip: float = 1.0
+    clip: float = 1.0  # largest norm of the gradient of all parameters
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "learning_rate", "eps", "clip")
+        _at_least(self, 0, "weight_decay")
+        _check(self, "at least 0 and below 1", lambda value: 0 <= value < 1, "beta1", "beta2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +92,7 @@ class ScheduleSection:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} exceed steps {self.steps}")
         if not 0 < self.final <= 1:
             raise ValueError(f"final must be above 0 and at most 1, got {self.final}")
-        if any(a >= b for a, b in zip(self.ramp, self.ramp[1:], strict=False)):
+        if any(a >= b for (a, _), (b, _) in pairwise(self.ramp)):
             raise ValueError(f"ramp must rise in tokens seen, got {[list(pair) for pair in self.ramp]}")
         if any(seen < 0 or tokens < 1 for seen, tokens in self.ramp):
             raise ValueError(f"ramp takes pairs of tokens seen and batch_tokens, got {[list(p) for p in self.ramp]}")
@@ -99,7 +117,8 @@ class TrainSection:
     keep_snapshots: int = 2
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "seed", "capacity_factor", "balance", "evaluate_every")
+        _check(self, "at least 0 and below 2**63", lambda value: 0 <= value < 2**63, "seed")
+        _at_least(self, 0, "capacity_factor", "balance", "evaluate_every")
         _at_least(self, 1, "routing_every", "snapshot_every", "keep_snapshots")
 
 

@@ -1,14 +1,17 @@
 """A training run from recipe to checkpoint: what it reads, what it leaves in its folder, how it stops and resumes."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fulmen.checkpoint import load_config, load_model, save_model
+from fulmen.checkpoint.config import config_keys
 from fulmen.config import UserError, dump_recipe, load_recipe
 from fulmen.data import Batch, Document, PackedLoader, Tokenizer, held_out_batches, read_documents, sample_texts, split
 from fulmen.model import LanguageModel, ModelConfig, choose_device
@@ -17,14 +20,27 @@ from fulmen.run import (
     Progress,
     RunDirectory,
     Snapshot,
+    SnapshotError,
     SnapshotStore,
     StopRequest,
     plot_curves,
     read_metrics,
     write_atomic,
 )
-from fulmen.train.recipe import TrainRecipe
+from fulmen.train.recipe import DataSection, ModelSection, OptimizerSection, TrainRecipe
 from fulmen.train.trainer import Trainer, TrainingDivergedError
+
+TOKENIZER = "tokenizer"
+"""The folder, within a run's, of the tokenizer that it trains with."""
+
+FIXED = {
+    **{
+        name: tuple(field.name for field in dataclasses.fields(section))
+        for name, section in (("model", ModelSection), ("data", DataSection), ("optimizer", OptimizerSection))
+    },
+    "train": ("seed", "precision", "capacity_factor", "balance"),
+}
+"""Keys that a run keeps from its beginning to its end, by section."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +65,28 @@ class _Session:
     progress: Progress
 
 
-def train(recipe: TrainRecipe, path: Path, *, resume: bool = False) -> RunResult:
+def train(
+    recipe: TrainRecipe, path: Path, *, resume: bool = False, report: Callable[[str], None] = lambda line: None
+) -> RunResult:
     """Train as the recipe says, in the run folder `path`: metrics, snapshots, plots, and at the end a checkpoint.
 
-    With `resume` the run goes on from its newest good snapshot, or begins if it has none.
+    With `resume` the run goes on from its newest good snapshot, or begins if it has none. `report` is told, a line at a
+    time, what is prepared before the first step. A run that cannot begin leaves nothing behind.
 
     Raises:
         UserError: anything the user can mend: the recipe, the data, a folder in use or already used, a full disk.
         TrainingDivergedError: a loss that is not finite; the message names the last good snapshot.
     """
-    with RunDirectory(path) as directory:
+    with RunDirectory(path) as directory, _only_if_begun(directory):
         store = SnapshotStore(directory.snapshots, keep=recipe.train.keep_snapshots)
         snapshot = _choose_snapshot(directory, store, recipe, resume)
-        trainer, held_out, tokenizer = _prepare(recipe, directory, fresh=snapshot is None)
-        if snapshot is not None:
+        trainer, held_out, tokenizer = _prepare(recipe, directory, fresh=snapshot is None, report=report)
+        if snapshot is None:
+            tokenizer.save(directory.path / TOKENIZER)
+        else:
             trainer.restore(snapshot.tensors(), snapshot.state)
+        # From here on the run has begun.
+        write_atomic(directory.recipe, dump_recipe(recipe))
         with (
             MetricsLog(directory, resume_step=None if snapshot is None else snapshot.step) as log,
             Progress("train", recipe.schedule.steps, done=trainer.step) as progress,
@@ -100,50 +123,81 @@ def plot_run(directory: RunDirectory) -> None:
     plot_curves(directory.plots / "loss.png", series, title=title, x_label="step", y_label="nats per token")
 
 
+@contextmanager
+def _only_if_begun(directory: RunDirectory) -> Iterator[None]:
+    """If no run begins here, take away what entering the folder put there; other people's files stay."""
+    try:
+        yield
+    except BaseException:
+        if not directory.recipe.exists():
+            with contextlib.suppress(OSError):
+                (directory.path / "lock").unlink()
+                directory.path.rmdir()
+        raise
+
+
 def _choose_snapshot(
     directory: RunDirectory, store: SnapshotStore, recipe: TrainRecipe, resume: bool
 ) -> Snapshot | None:
-    """The snapshot to go on from, or None to begin; keeps the recipe beside what it made."""
-    begun = directory.recipe.exists()
-    if begun and not resume:
+    """The snapshot to go on from, or None to begin."""
+    if not directory.recipe.exists():
+        if store.steps():
+            raise UserError(f"{store.folder} holds snapshots of a run without its recipe: choose another --dir")
+        return None
+    if not resume:
         raise UserError(f"{directory.path} already holds a run: add --resume to go on, or choose another --dir")
-    if begun:
-        _check_same_run(load_recipe(directory.recipe, TrainRecipe), recipe, directory.path)
+    _check_same_run(load_recipe(directory.recipe, TrainRecipe), recipe, directory.path)
     snapshot = store.latest()
-    write_atomic(directory.recipe, dump_recipe(recipe))
+    if snapshot is not None and snapshot.step > recipe.schedule.steps:
+        raise UserError(
+            f"{directory.path} is at step {snapshot.step}, beyond schedule.steps = {recipe.schedule.steps}: "
+            "ask for more steps, or choose another --dir"
+        )
     return snapshot
 
 
 def _check_same_run(before: TrainRecipe, now: TrainRecipe, path: Path) -> None:
     """What decides which numbers come out may not change in the middle of a run; how long and how often may."""
-    for section in ("model", "data", "optimizer"):
-        for f in dataclasses.fields(getattr(before, section)):
-            old, new = (getattr(getattr(recipe, section), f.name) for recipe in (before, now))
+    for section, keys in FIXED.items():
+        for key in keys:
+            old, new = (getattr(getattr(recipe, section), key) for recipe in (before, now))
             if old != new:
-                raise UserError(f"{path} was begun with {section}.{f.name} = {old!r}, the recipe now says {new!r}")
-    if before.train.seed != now.train.seed:
-        raise UserError(f"{path} was begun with train.seed = {before.train.seed}, the recipe now says {now.train.seed}")
+                raise UserError(
+                    f"{path} was begun with {section}.{key} = {old!r}, the recipe now says {new!r}: "
+                    "change it back, or choose another --dir"
+                )
 
 
-def _prepare(recipe: TrainRecipe, directory: RunDirectory, *, fresh: bool) -> tuple[Trainer, list[Batch], Tokenizer]:
-    """Tokenizer, data and model, ready for step 0."""
+def _prepare(
+    recipe: TrainRecipe, directory: RunDirectory, *, fresh: bool, report: Callable[[str], None]
+) -> tuple[Trainer, list[Batch], Tokenizer]:
+    """Trainer, held-out batches and tokenizer, ready for step 0; nothing is written."""
     torch.manual_seed(recipe.train.seed)
     device = choose_device(recipe.train.device)
+    config = _model_config(recipe)
     documents = read_documents(recipe.data.sources, text_field=recipe.data.text_field)
     training, held_out = split(documents, recipe.data.held_out)
-    config = _model_config(recipe)
-    tokenizer = _tokenizer(recipe, config, directory, training, fresh)
+    report(f"text: {len(training)} documents to train on, {len(held_out)} held out")
+    tokenizer = _tokenizer(recipe, config, directory, training, fresh, report)
     shape = {"sequence_length": recipe.data.sequence_length, "batch_tokens": recipe.schedule.batch_tokens}
     loader = PackedLoader(training, tokenizer, seed=recipe.train.seed, **shape)
     shape["batch_tokens"] = min(shape["batch_tokens"], 8192)
     evaluation = []
     if len(held_out):
         evaluation = held_out_batches(held_out, tokenizer, max_tokens=recipe.data.held_out_tokens, **shape)
-    if recipe.model.init_from is None:
-        model = LanguageModel(config).to(device)
-    else:
+    # A run that goes on takes its weights from the snapshot, wherever they once came from.
+    if fresh and recipe.model.init_from is not None:
         model = load_model(recipe.model.init_from, device=device)
-    return Trainer(model, loader, recipe, device), evaluation, tokenizer
+    else:
+        model = LanguageModel(config).to(device)
+    trainer = Trainer(model, loader, recipe, device)
+    count = config.count_parameters()
+    dtype = str(trainer.dtype).removeprefix("torch.")
+    report(
+        f"model: {count.total:,} parameters, {count.active:,} of them active for a token, "
+        f"{config.num_layers} layers {config.layer_plan}, on {device.type} in {dtype}"
+    )
+    return trainer, evaluation, tokenizer
 
 
 def _model_config(recipe: TrainRecipe) -> ModelConfig:
@@ -153,29 +207,40 @@ def _model_config(recipe: TrainRecipe) -> ModelConfig:
     if section.init_from is not None:
         if section.preset is not None or changes:
             raise UserError("model.init_from brings its own sizes: leave out the other keys of [model]")
-        return load_config(section.init_from)
-    if section.preset is None:
+        config = load_config(section.init_from)
+    elif section.preset is None:
         raise UserError("the recipe's [model] needs a preset, or init_from with a checkpoint")
-    return ModelConfig.preset(section.preset, **changes)
+    else:
+        config = ModelConfig.preset(section.preset, **changes)
+    if recipe.data.sequence_length > config.max_positions:
+        raise UserError(
+            f"data.sequence_length {recipe.data.sequence_length} exceeds model.max_positions {config.max_positions}"
+        )
+    # What the export's dialect cannot say is better known before the training than after it.
+    config_keys(config, recipe.export.dialect, dtype=torch.float32, eos_id=None, bos_id=None)
+    return config
 
 
 def _tokenizer(
-    recipe: TrainRecipe, config: ModelConfig, directory: RunDirectory, training: Sequence[Document], fresh: bool
+    recipe: TrainRecipe,
+    config: ModelConfig,
+    directory: RunDirectory,
+    training: Sequence[Document],
+    fresh: bool,
+    report: Callable[[str], None],
 ) -> Tokenizer:
     """The run's own tokenizer, the one that the recipe or the checkpoint brings, or one trained on the text."""
-    kept = directory.path / "tokenizer"
     if not fresh:
-        return Tokenizer.load(kept)
+        return Tokenizer.load(directory.path / TOKENIZER)
     source = recipe.data.tokenizer or recipe.model.init_from
-    if source is not None:
-        tokenizer = Tokenizer.load(source)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise UserError(
-                f"tokenizer {source} has {tokenizer.vocab_size} tokens, more than model.vocab_size {config.vocab_size}"
-            )
-    else:
-        tokenizer = Tokenizer.train(sample_texts(training, recipe.data.tokenizer_sample_bytes), config.vocab_size)
-    tokenizer.save(kept)
+    if source is None:
+        report(f"tokenizer: training {config.vocab_size} tokens")
+        return Tokenizer.train(sample_texts(training, recipe.data.tokenizer_sample_bytes), config.vocab_size)
+    tokenizer = Tokenizer.load(source)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"tokenizer {source} has {tokenizer.vocab_size} tokens, more than model.vocab_size {config.vocab_size}"
+        )
     return tokenizer
 
 
@@ -185,21 +250,29 @@ def _loop(session: _Session, stop: StopRequest) -> None:
     steps = trainer.recipe.schedule.steps
     if trainer.step == 0:
         _evaluate(session)
-    while trainer.step < steps and not stop.requested:
-        started = time.perf_counter()
-        try:
-            metrics = trainer.train_step(detailed=(trainer.step + 1) % settings.routing_every == 0)
-        except TrainingDivergedError as error:
-            raise TrainingDivergedError(f"{error}; {_last_good(session.store)}") from None
-        rate = metrics["batch_tokens"] / (time.perf_counter() - started)
-        session.log.log(trainer.step, **metrics, tokens_per_second=rate)
-        session.progress.advance(loss=metrics["loss"], **{"tokens/s": int(rate)})
+    last = trainer.step == steps
+    while not last:
+        _train_step(session)
         last = trainer.step == steps
         if last or (settings.evaluate_every and trainer.step % settings.evaluate_every == 0):
             _evaluate(session)
-        if last or stop.requested or trainer.step % settings.snapshot_every == 0:
+        # Asked once, so that a signal cannot come between the snapshot and the end.
+        last = last or stop.requested is not None
+        if last or trainer.step % settings.snapshot_every == 0:
             session.log.flush()
             session.store.save(trainer.step, trainer.tensors(), trainer.state())
+
+
+def _train_step(session: _Session) -> None:
+    trainer = session.trainer
+    started = time.perf_counter()
+    try:
+        metrics = trainer.train_step(detailed=(trainer.step + 1) % trainer.recipe.train.routing_every == 0)
+    except TrainingDivergedError as error:
+        raise TrainingDivergedError(f"{error}; {_last_good(session.store)}") from None
+    rate = metrics["batch_tokens"] / (time.perf_counter() - started)
+    session.log.log(trainer.step, **metrics, tokens_per_second=rate)
+    session.progress.advance(loss=metrics["loss"], **{"tokens/s": int(rate)})
 
 
 def _evaluate(session: _Session) -> None:
@@ -211,10 +284,12 @@ def _evaluate(session: _Session) -> None:
 
 
 def _last_good(store: SnapshotStore) -> str:
-    steps = store.steps()
-    if not steps:
-        return "there is no snapshot yet; a lower optimizer.learning_rate or a longer schedule.warmup may help"
-    return f"the last good snapshot is of step {steps[-1]} in {store.folder}"
+    try:
+        snapshot = store.latest()
+    except SnapshotError:
+        snapshot = None
+    good = "there is no good snapshot" if snapshot is None else f"the last good snapshot is {snapshot.path}"
+    return f"{good}; a run with a lower optimizer.learning_rate or a longer schedule.warmup may do better"
 
 
 def _held_out_curve(directory: RunDirectory) -> list[tuple[int, float]]:

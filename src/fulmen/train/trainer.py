@@ -32,8 +32,7 @@ class Trainer:
         self.dtype = choose_dtype(recipe.train.precision, device)
         self.step, self.tokens_seen = 0, 0
         if recipe.train.compile:
-            for layer in model.layers:
-                layer.compile()
+            _compile(model)
 
     def train_step(self, *, detailed: bool = False) -> dict[str, Any]:
         """One optimizer step; gives back its metrics, with those of the routing if `detailed`.
@@ -46,9 +45,12 @@ class Trainer:
         learning_rate = settings.learning_rate * learning_rate_factor(self.recipe.schedule, self.step)
         micro_batches = self._next_micro_batches()
         loss, balance, routing = self._accumulate(micro_batches)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingDivergedError(self._divergence(loss, balance, grad_norm, learning_rate))
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        # Asked before clipping, which would spread a nan over all gradients.
+        if not (math.isfinite(loss) and grad_norm.isfinite()):
+            raise TrainingDivergedError(self._divergence(loss, balance, grad_norm.item(), learning_rate))
+        torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -56,7 +58,7 @@ class Trainer:
         tokens = sum(batch.tokens.numel() for batch in micro_batches)
         self.step += 1
         self.tokens_seen += tokens
-        metrics = {"loss": loss, "balance": balance, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        metrics = {"loss": loss, "balance": balance, "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
         metrics |= {"batch_tokens": tokens, "tokens": self.tokens_seen, "epoch": self.loader.epoch}
         return metrics | (routing_metrics(routing) if detailed else {})
 
@@ -151,6 +153,13 @@ class Trainer:
             f"training diverged at step {self.step + 1}: loss {loss:.4g}, balance loss {balance:.4g}, "
             f"gradient norm {grad_norm:.4g}, learning rate {learning_rate:.3g}{where}"
         )
+
+
+def _compile(model: LanguageModel) -> None:
+    for layer in model.layers:
+        # The shapes of the experts' products change with every batch, and the compiler takes them in bf16 alone.
+        layer.block_sparse_moe.forward = torch.compiler.disable(layer.block_sparse_moe.forward)
+        layer.compile()
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

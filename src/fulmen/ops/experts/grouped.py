@@ -96,7 +96,10 @@ class _ExpertsMLP(torch.autograd.Function):
         d_act *= plan.weights
         d_w2 = F.grouped_mm(d_y.T, act.mul_(plan.weights), offs=plan.ends)
 
-        d_gate_up = torch.cat((torch.ops.aten.silu_backward(d_act * up, gate), d_act.mul_(act_gate)), dim=-1)
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+        torch.mul(d_act, act_gate, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(d_act.mul_(up), gate, grad_input=d_gate)
         d_w13 = F.grouped_mm(d_gate_up.T, x[plan.tokens], offs=plan.ends)
         d_x = _sum_per_token(F.grouped_mm(d_gate_up, w13, offs=plan.ends), plan, ctx.weights_shape)
         return d_x, d_w13, d_w2, d_weights, None
@@ -104,8 +107,17 @@ class _ExpertsMLP(torch.autograd.Function):
 
 def _sum_per_token(rows_RD: Tensor, plan: Plan, shape: torch.Size) -> Tensor:
     """Sum the rows of each token's kept choices: [R, D] to [T, D]."""
-    tokens, k = shape
-    filled = torch.empty if len(plan.choices) == tokens * k else torch.zeros
-    slots = filled(tokens * k, rows_RD.shape[1], dtype=rows_RD.dtype, device=rows_RD.device)
-    slots[plan.choices] = rows_RD[plan.rows]
-    return slots.view(tokens, k, -1).sum(dim=1)
+    # A dropped choice reads the row of another and counts it as zero.
+    row_of = torch.zeros(shape, dtype=torch.int64, device=rows_RD.device)
+    row_of.view(-1)[plan.choices] = plan.rows
+    kept = None
+    if len(plan.choices) < row_of.numel():
+        kept = torch.zeros(shape, dtype=rows_RD.dtype, device=rows_RD.device)
+        kept.view(-1)[plan.choices] = 1
+    total = None
+    for slot in range(shape[1]):
+        part = rows_RD[row_of[:, slot]]
+        if kept is not None:
+            part *= kept[:, slot, None]
+        total = part if total is None else total.add_(part)
+    return total

@@ -6,6 +6,7 @@ file derives the formulas.
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,58 +51,87 @@ def chunked_lightning_attention(
     return out.view(batch, length, heads, value_dim), final
 
 
+class Piece(NamedTuple):
+    """The part of one sample that lies in one segment: `blocks` of the segment's."""
+
+    sample: int
+    blocks: slice
+    times: Tensor  # [blocks + 1] tokens from the piece's begin to each block's begin, and to the piece's end
+
+
+class Segment(NamedTuple):
+    """Consecutive blocks that are computed together: g blocks of m pieces."""
+
+    blocks: slice
+    pieces: list[Piece]
+    continues: bool  # the first piece's sample began in an earlier segment
+    goes_on: bool  # the last piece's sample does not end here
+
+    @property
+    def samples(self) -> slice:
+        return slice(self.pieces[0].sample, self.pieces[-1].sample + 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
     """How the tokens of all samples are cut: each sample into blocks from its own start, blocks into segments."""
 
     size: int
-    segment: int
-    sample: list[int]  # [G] whose block it is
-    first: list[bool]  # [G] whether it begins its sample
-    last: list[bool]  # [G] whether it ends its sample
-    lengths: Tensor  # [G] true number of tokens, 1..size
+    lengths: Tensor  # [G] true number of tokens of each block, 1..size
     rows: Tensor | None  # [G, C] token of each place; short blocks repeat their last one. None: places are the tokens.
+    segments: list[Segment]
 
     @classmethod
     def cut(cls, borders: list[int], size: int, segment: int, device: torch.device) -> "Blocks":
-        starts, lengths, sample, first, last = [], [], [], [], []
-        for n, (begin, end) in enumerate(itertools.pairwise(borders)):
-            for start in range(begin, end, size):
-                starts.append(start)
-                lengths.append(min(size, end - start))
-                sample.append(n)
-                first.append(start == begin)
-                last.append(start + size >= end)
-        lengths_G = torch.tensor(lengths, device=device)
+        """Blocks of `size` tokens, `segment` of them at a time."""
+        samples = list(enumerate(itertools.pairwise(borders)))
+        cuts = [(n, a, min(a + size, end)) for n, (begin, end) in samples for a in range(begin, end, size)]
+        segments = [
+            _segment(borders, cuts, g, min(g + segment, len(cuts)), device) for g in range(0, len(cuts), segment)
+        ]
+        starts = torch.tensor([start for _, start, _ in cuts], device=device)
+        lengths = torch.tensor([end - start for _, start, end in cuts], device=device)
         rows = None
-        if min(lengths) < size:
-            places = torch.arange(size, device=device).expand(len(starts), size)
-            rows = torch.tensor(starts, device=device)[:, None] + places.minimum(lengths_G[:, None] - 1)
-        return cls(size=size, segment=segment, sample=sample, first=first, last=last, lengths=lengths_G, rows=rows)
+        if any(end - start < size for _, start, end in cuts):
+            rows = starts[:, None] + torch.arange(size, device=device).minimum(lengths[:, None] - 1)
+        return cls(size=size, lengths=lengths, rows=rows, segments=segments)
 
-    def segments(self) -> list[range]:
-        return [range(g, min(g + self.segment, len(self.sample))) for g in range(0, len(self.sample), self.segment)]
-
-    def take(self, x: Tensor, part: range) -> Tensor:
+    def take(self, x: Tensor, part: slice) -> Tensor:
         """The tokens of some blocks out of x [tokens, H, D], as [g, H, C, D]."""
         if self.rows is None:
             picked = x[part.start * self.size : part.stop * self.size]
         else:
-            picked = x.index_select(0, self.rows[part.start : part.stop].flatten())
-        return picked.view(len(part), self.size, *x.shape[1:]).transpose(1, 2)
+            picked = x.index_select(0, self.rows[part].flatten())
+        return picked.unflatten(0, (-1, self.size)).transpose(1, 2).contiguous()
 
-    def put(self, blocks_gHCD: Tensor, into: Tensor, part: range) -> None:
+    def put(self, blocks_gHCD: Tensor, into: Tensor, part: slice) -> None:
         """Write blocks back to their tokens in `into` [tokens, H, D]."""
         values = blocks_gHCD.transpose(1, 2)
         if self.rows is None:
-            into[part.start * self.size : part.stop * self.size] = values.flatten(0, 1)
+            into[part.start * self.size : part.stop * self.size].unflatten(0, (-1, self.size)).copy_(values)
         else:
             real = self.real(part)
-            into[self.rows[part.start : part.stop][real]] = values[real].to(into.dtype)
+            into[self.rows[part][real]] = values[real].to(into.dtype)
 
-    def real(self, part: range) -> Tensor:
+    def real(self, part: slice) -> Tensor:
         """[g, C] bool: which places hold a token of their own."""
-        return torch.arange(self.size, device=self.lengths.device) < self.lengths[part.start : part.stop, None]
+        return torch.arange(self.size, device=self.lengths.device) < self.lengths[part, None]
+
+
+def _segment(borders: list[int], cuts: list[tuple[int, int, int]], first: int, stop: int, device) -> Segment:
+    """The segment of blocks first..stop-1 out of `cuts`, each a block's (sample, start, end)."""
+    pieces, place = [], 0
+    for sample, group in itertools.groupby(cuts[first:stop], key=lambda cut: cut[0]):
+        group = list(group)
+        times = [start - group[0][1] for _, start, _ in group] + [group[-1][2] - group[0][1]]
+        pieces.append(Piece(sample, slice(place, place + len(group)), torch.tensor(times, device=device)))
+        place += len(group)
+    return Segment(
+        blocks=slice(first, stop),
+        pieces=pieces,
+        continues=cuts[first][1] != borders[pieces[0].sample],
+        goes_on=cuts[stop - 1][2] != borders[pieces[-1].sample + 1],
+    )
 
 
 class _Decays:
@@ -109,53 +139,44 @@ class _Decays:
 
     def __init__(self, blocks: Blocks, rates: Tensor, dtype: torch.dtype):
         self.blocks, self.rates = blocks, rates.to(dtype)
-        place = torch.arange(blocks.size, device=rates.device, dtype=dtype)
-        age = place[:, None] - place
+        self.place = torch.arange(blocks.size, device=rates.device)
         # exp(-s (i - j)) for j <= i, else 0: [H, C, C]
-        self.inside = torch.exp(-self.rates[:, None, None] * age.clamp(min=0)) * (age >= 0)
+        self.inside = self._of(self.place[:, None] - self.place)
         # exp(-s (i + 1)): [H, C, 1]
-        self.since_block_start = torch.exp(-self.rates[:, None] * (place + 1))[..., None]
+        self.since_block_start = self._of(self.place + 1)[..., None]
 
-    def until_block_end(self, part: range) -> Tensor:
+    def until_block_end(self, part: slice) -> Tensor:
         """exp(-s (n - 1 - j)), zero behind a short block's end: [g, H, C, 1]."""
-        place = torch.arange(self.blocks.size, device=self.rates.device)
-        left = self.blocks.lengths[part.start : part.stop, None] - 1 - place
-        decay = torch.exp(-self.rates[:, None] * left[:, None].clamp(min=0)) * (left[:, None] >= 0)
-        return decay[..., None]
+        return self._of(self.blocks.lengths[part, None] - 1 - self.place).transpose(0, 1)[..., None]
 
-    def whole_block(self, part: range) -> Tensor:
-        """exp(-s n): [g, H, 1, 1]."""
-        return torch.exp(-self.rates * self.blocks.lengths[part.start : part.stop, None])[..., None, None]
+    def between(self, piece: Piece) -> Tensor:
+        """exp(-s (t_i - t_j)) for j <= i, over the times of a piece: [H, blocks + 1, blocks + 1].
 
+        What of each inflow (the state that enters the piece, then each block's update) is left at each time.
+        """
+        return self._of(piece.times[:, None] - piece.times)
 
-def _states_before(updates: Tensor, carry: Tensor, initial: Tensor, decay: Tensor, blocks: Blocks, part: range):
-    """States before each block of a segment [g, H, K, V], the state after it, and the samples that end in it."""
-    before, ended = torch.empty_like(updates), {}
-    for i, g in enumerate(part):
-        before[i] = initial[blocks.sample[g]] if blocks.first[g] else carry
-        carry = torch.addcmul(updates[i], before[i], decay[i])
-        if blocks.last[g]:
-            ended[blocks.sample[g]] = carry
-    return before, carry, ended
+    def _of(self, distance: Tensor) -> Tensor:
+        """exp(-s distance) for every head, [H, ...]; zero where the distance is negative."""
+        rates = self.rates.view(-1, *[1] * distance.dim())
+        return torch.exp(-rates * distance.clamp(min=0)) * (distance >= 0)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rates: Tensor, initial: Tensor, blocks: Blocks):
-        dtype, operand = initial.dtype, q.dtype
-        decays = _Decays(blocks, rates, dtype)
-        inside = decays.inside.to(operand)
+        decays = _Decays(blocks, rates, initial.dtype)
+        inside = decays.inside.to(q.dtype)
         out, final = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(initial)
-        carry = torch.zeros_like(initial[0])
-        carries = []
-        for part in blocks.segments():
+        carry, carries = torch.zeros_like(initial[0]), []
+        for segment in blocks.segments:
+            part = segment.blocks
             carries.append(carry)
-            b_q, b_k, b_v = (blocks.take(x, part).contiguous() for x in (q, k, v))
-            updates = torch.matmul((b_k * decays.until_block_end(part)).mT, b_v.to(dtype))
-            before, carry, ended = _states_before(updates, carry, initial, decays.whole_block(part), blocks, part)
-            for n, state in ended.items():
-                final[n] = state
-            b_out = torch.matmul((b_q * decays.since_block_start).to(operand), before.to(operand))
+            b_q, b_k, b_v = (blocks.take(x, part) for x in (q, k, v))
+            before, ending = _states(b_k, b_v, carry, initial, decays, segment)
+            carry = ending[-1]
+            final[segment.samples] = ending
+            b_out = torch.matmul((b_q * decays.since_block_start).to(q.dtype), before.to(q.dtype))
             b_out += torch.matmul(torch.matmul(b_q, b_k.mT).mul_(inside), b_v)
             blocks.put(b_out, out, part)
         ctx.save_for_backward(q, k, v, rates, initial, torch.stack(carries))
@@ -168,39 +189,77 @@ class _Chunked(torch.autograd.Function):
         q, k, v, rates, initial, carries = ctx.saved_tensors
         blocks: Blocks = ctx.blocks
         decays = _Decays(blocks, rates, initial.dtype)
-        d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         d_initial, d_carry = torch.empty_like(initial), torch.zeros_like(initial[0])
-        for part, carry in reversed(list(zip(blocks.segments(), carries, strict=True))):
-            tiles = [blocks.take(x, part).contiguous() for x in (q, k, v, d_out)]
+        for segment, carry in reversed(list(zip(blocks.segments, carries, strict=True))):
+            part = segment.blocks
+            tiles = [blocks.take(x, part) for x in (q, k, v, d_out)]
             if blocks.rows is not None:
                 tiles[3] = tiles[3] * blocks.real(part)[:, None, :, None]
-            grads, d_carry = _segment_backward(tiles, carry, initial, d_final, d_initial, d_carry, decays, part)
-            for grad, into in zip(grads, (d_q, d_k, d_v), strict=True):
-                blocks.put(grad, into, part)
-        return d_q, d_k, d_v, None, d_initial, None
+            d_ending = _replaced(d_final[segment.samples], -1, d_carry if segment.goes_on else None)
+            d_tiles, d_entering = _segment_backward(tiles, carry, initial, d_ending, decays, segment)
+            d_carry = d_entering[0]
+            # What flows into a sample that began earlier is for the segment before to hand on: it overwrites this.
+            d_initial[segment.samples] = d_entering
+            for d_tile, grad in zip(d_tiles, grads, strict=True):
+                blocks.put(d_tile, grad, part)
+        return *grads, None, d_initial, None
 
 
-def _segment_backward(tiles, carry, initial, d_final, d_initial, d_carry, decays: _Decays, part: range):
-    """Gradients of a segment's q, k, v [g, H, C, D] and of the state before it; fills d_initial where samples begin."""
+def _states(
+    b_k: Tensor, b_v: Tensor, carry: Tensor, initial: Tensor, decays: _Decays, segment: Segment
+) -> tuple[Tensor, Tensor]:
+    """States before each block of a segment [g, H, K, V] and at the end of each piece [m, H, K, V]."""
+    entering = _replaced(initial[segment.samples], 0, carry if segment.continues else None)
+    updates = torch.matmul((b_k * decays.until_block_end(segment.blocks)).mT, b_v.to(initial.dtype))
+    before, ending = torch.empty_like(updates), torch.empty_like(entering)
+    for n, piece in enumerate(segment.pieces):
+        states = _weighted(decays.between(piece), entering[n : n + 1], updates[piece.blocks])
+        before[piece.blocks], ending[n] = states[:-1], states[-1]
+    return before, ending
+
+
+def _d_states(d_before: Tensor, d_ending: Tensor, decays: _Decays, segment: Segment) -> tuple[Tensor, Tensor]:
+    """The same backward: gradients of the updates [g, H, K, V] and of the entering states [m, H, K, V]."""
+    d_updates, d_entering = torch.empty_like(d_before), torch.empty_like(d_ending)
+    for n, piece in enumerate(segment.pieces):
+        d_inflows = _weighted(decays.between(piece).mT, d_before[piece.blocks], d_ending[n : n + 1])
+        d_entering[n], d_updates[piece.blocks] = d_inflows[0], d_inflows[1:]
+    return d_updates, d_entering
+
+
+def _weighted(weights: Tensor, *parts: Tensor) -> Tensor:
+    """weights [H, a, b] times the parts [b in all, H, K, V], per head: [a, H, K, V]."""
+    rows = torch.cat(parts).flatten(2).transpose(0, 1)
+    return torch.matmul(weights, rows).transpose(0, 1).unflatten(2, parts[0].shape[2:])
+
+
+def _replaced(rows: Tensor, index: int, row: Tensor | None) -> Tensor:
+    """`rows` with one of them exchanged, unless `row` is None."""
+    if row is None:
+        return rows
+    rows = rows.clone()
+    rows[index] = row
+    return rows
+
+
+def _segment_backward(
+    tiles: list[Tensor], carry: Tensor, initial: Tensor, d_ending: Tensor, decays: _Decays, segment: Segment
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Gradients of a segment's q, k, v [g, H, C, D], and of the states that enter its pieces [m, H, K, V]."""
     b_q, b_k, b_v, b_do = tiles
-    dtype, operand, blocks = initial.dtype, b_q.dtype, decays.blocks
-    inside, to_end, whole = decays.inside.to(operand), decays.until_block_end(part), decays.whole_block(part)
+    dtype, operand = initial.dtype, b_q.dtype
+    inside, to_end = decays.inside.to(operand), decays.until_block_end(segment.blocks).to(operand)
+    since_start = decays.since_block_start
 
-    updates = torch.matmul((b_k * to_end).mT, b_v.to(dtype))
-    before, _, _ = _states_before(updates, carry, initial, whole, blocks, part)
-    d_reads = torch.matmul((b_q * decays.since_block_start).mT, b_do.to(dtype))
-    d_after = torch.empty_like(before)
-    for i, g in reversed(list(enumerate(part))):
-        d_after[i] = d_final[blocks.sample[g]] if blocks.last[g] else d_carry
-        d_carry = torch.addcmul(d_reads[i], d_after[i], whole[i])
-        if blocks.first[g]:
-            d_initial[blocks.sample[g]] = d_carry
-    before, d_after = before.to(operand), d_after.to(operand)
+    before, _ = _states(b_k, b_v, carry, initial, decays, segment)
+    d_before = torch.matmul((b_q * since_start).mT, b_do.to(dtype))
+    d_updates, d_entering = _d_states(d_before, d_ending, decays, segment)
+    before, d_updates = before.to(operand), d_updates.to(operand)
 
     scores = torch.matmul(b_q, b_k.mT).mul_(inside)
     d_scores = torch.matmul(b_do, b_v.mT).mul_(inside)
-    to_end = to_end.to(operand)
-    d_q = torch.matmul(d_scores, b_k) + torch.matmul(b_do, before.mT) * decays.since_block_start
-    d_k = torch.matmul(d_scores.mT, b_q) + torch.matmul(b_v, d_after.mT) * to_end
-    d_v = torch.matmul(scores.mT, b_do) + torch.matmul(b_k, d_after) * to_end
-    return (d_q.to(operand), d_k, d_v), d_carry
+    d_q = torch.matmul(d_scores, b_k) + torch.matmul(b_do, before.mT).mul_(since_start.to(operand))
+    d_k = torch.matmul(d_scores.mT, b_q) + torch.matmul(b_v, d_updates.mT).mul_(to_end)
+    d_v = torch.matmul(scores.mT, b_do) + torch.matmul(b_k, d_updates).mul_(to_end)
+    return (d_q, d_k, d_v), d_entering

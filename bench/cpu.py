@@ -1,0 +1,274 @@
+"""Training and decoding of the quickstart model on this CPU, beside transformers' MiniMax with the same weights.
+
+    python bench/cpu.py                 all tables; results in bench/results/cpu.json
+    python bench/cpu.py --only decode   one of train, decode, memory
+
+Steps of both alternate, so that a machine whose speed drifts slows both; ratios are of pairs, medians of all.
+Nothing is timed before the logits of both agree.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import MiniMaxForCausalLM
+from transformers.utils import logging
+
+from fulmen.checkpoint import save_model
+from fulmen.model import LanguageModel, ModelConfig
+from fulmen.ops.lightning import decay_rates, lightning_attention
+from machine import describe_machine, write_results
+
+BATCH, LENGTH = 8, 512
+PROMPT, STEPS = 64, 64
+CONSOLE = Console()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("train", "decode", "memory"), help="one table instead of all")
+    parser.add_argument("--repeats", type=int, default=15, help="pairs of timed steps (default: 15)")
+    parser.add_argument("--memory-of", metavar="T", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(peak_memory_here(arguments.memory_of))
+        return
+    logging.set_verbosity_error()
+    machine = describe_machine("transformers")
+    CONSOLE.print(" ".join(f"{key}={value}" for key, value in machine.items()), highlight=False)
+    tables = {"train": bench_train, "decode": bench_decode, "memory": bench_memory}
+    chosen = [arguments.only] if arguments.only else list(tables)
+    results = {name: tables[name](arguments.repeats) for name in chosen}
+    if not arguments.only:
+        CONSOLE.print(f"written to {write_results('cpu', machine, results)}")
+
+
+def bench_train(repeats: int) -> dict:
+    """One optimizer step on 8 x 512 tokens, in fp32 and under bf16 autocast."""
+    config = ModelConfig.preset("tiny")
+    flops = training_flops(config)
+    table = Table("dtype", "ours tokens/s", "transformers", "ratio", "matrix rate GFLOP/s", "share of it")
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = equal_models(config)
+        tokens = torch.randint(0, config.vocab_size, (BATCH, LENGTH + 1))
+        our_step, their_step = our_training_step(ours, tokens, dtype), their_training_step(theirs, tokens, dtype)
+        pairs = time_pairs(our_step, their_step, repeats, f"train {dtype}")
+        our_rate, their_rate = (BATCH * LENGTH / statistics.median(times) for times in zip(*pairs, strict=True))
+        matrix = matrix_rate(dtype)
+        row = {
+            "ours_tokens_per_second": our_rate,
+            "transformers_tokens_per_second": their_rate,
+            "ratio": pair_ratio(pairs),
+            "matrix_gflops": matrix / 1e9,
+            "share_of_matrix_rate": our_rate * flops / matrix,
+        }
+        results[str(dtype)] = row
+        table.add_row(
+            str(dtype).removeprefix("torch."),
+            f"{our_rate:.0f}",
+            f"{their_rate:.0f}",
+            f"{row['ratio']:.2f}",
+            f"{matrix / 1e9:.0f}",
+            f"{row['share_of_matrix_rate']:.0%}",
+        )
+    table.title = f"training, {BATCH} x {LENGTH} tokens a step, {flops / 1e6:.1f} MFLOP a token"
+    CONSOLE.print(table)
+    return results
+
+
+def bench_decode(repeats: int) -> dict:
+    """Greedy decoding from a short prompt, one token of each sequence a step."""
+    config = ModelConfig.preset("tiny")
+    table = Table("dtype", "batch", "ours tokens/s", "ms a step", "transformers", "ms a step", "ratio")
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = (model.to(dtype).eval() for model in equal_models(config))
+        for batch in (1, 16):
+            prompt = torch.randint(0, config.vocab_size, (batch, PROMPT))
+            pairs = time_pairs(
+                our_decoding(ours, prompt), their_decoding(theirs, prompt), max(3, repeats // 3), f"decode B={batch}"
+            )
+            our_step, their_step = (statistics.median(times) / STEPS for times in zip(*pairs, strict=True))
+            row = {
+                "ours_tokens_per_second": batch / our_step,
+                "transformers_tokens_per_second": batch / their_step,
+                "ratio": pair_ratio(pairs),
+            }
+            results[f"{dtype} B={batch}"] = row
+            table.add_row(
+                str(dtype).removeprefix("torch."),
+                str(batch),
+                f"{batch / our_step:.0f}",
+                f"{our_step * 1e3:.2f}",
+                f"{batch / their_step:.0f}",
+                f"{their_step * 1e3:.2f}",
+                f"{row['ratio']:.1f}",
+            )
+    table.title = f"decoding after {PROMPT} tokens, {STEPS} steps"
+    CONSOLE.print(table)
+    return results
+
+
+def bench_memory(repeats: int) -> dict:
+    """Peak memory that forward and backward of chunked lightning attention add, each length in its own process."""
+    table = Table("tokens", "peak MB added", "of it q, k, v, out and gradients", "keeping every state would take")
+    results = {}
+    for length in (8192, 65536):
+        command = [sys.executable, __file__, "--memory-of", str(length)]
+        peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        tensors, states = 8 * length * 4 * 64 * 4, length * 4 * 64 * 64 * 4
+        results[str(length)] = {"peak_bytes": peak, "tensor_bytes": tensors, "every_state_bytes": states}
+        table.add_row(f"{length}", f"{peak / 1e6:.0f}", f"{tensors / 1e6:.0f}", f"{states / 1e6:.0f} MB")
+    table.title = "chunked lightning attention, forward + backward, 4 heads of 64, fp32"
+    CONSOLE.print(table)
+    return results
+
+
+def equal_models(config: ModelConfig) -> tuple[LanguageModel, MiniMaxForCausalLM]:
+    """Our model and transformers' with the same weights; stops if their logits differ."""
+    torch.manual_seed(0)
+    ours = LanguageModel(config)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(ours, Path(folder) / "model", dialect="transformers")
+        theirs = MiniMaxForCausalLM.from_pretrained(Path(folder) / "model")
+    tokens = torch.randint(0, config.vocab_size, (2, 300))
+    with torch.no_grad():
+        difference = (ours(tokens) - theirs.eval()(tokens).logits).abs().max().item()
+    if not difference < 1e-4:
+        sys.exit(f"the logits of both differ by {difference:.2g}: nothing is timed")
+    return ours, theirs
+
+
+def our_training_step(model: LanguageModel, tokens: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    inputs, targets = tokens[:, :-1].reshape(1, -1), tokens[:, 1:].reshape(1, -1)
+    cu_seqlens = torch.arange(0, inputs.numel() + 1, LENGTH, dtype=torch.int32)
+
+    def loss() -> torch.Tensor:
+        result = model.loss(inputs, targets, cu_seqlens=cu_seqlens)
+        return result.nll / result.targets + 0.01 * result.balance
+
+    return training_step(model, loss, dtype)
+
+
+def their_training_step(model: MiniMaxForCausalLM, tokens: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    model.config.router_aux_loss_coef = model.router_aux_loss_coef = 0.01
+
+    def loss() -> torch.Tensor:
+        # `shift_labels` takes targets that are shifted already, so that both learn from the same 512 of each row.
+        labels = {"labels": targets, "shift_labels": targets}
+        return model(inputs, **labels, use_cache=False, output_router_logits=True).loss
+
+    return training_step(model.train(), loss, dtype)
+
+
+def training_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor], dtype: torch.dtype) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def our_decoding(model: LanguageModel, prompt: torch.Tensor) -> Callable[[], float]:
+    @torch.inference_mode()
+    def run() -> float:
+        cache = model.new_cache(len(prompt))
+        token = model(prompt, cache=cache)[:, -1:].argmax(-1)
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            token = model(token, cache=cache)[:, -1:].argmax(-1)
+        return time.perf_counter() - started
+
+    return run
+
+
+def their_decoding(model: MiniMaxForCausalLM, prompt: torch.Tensor) -> Callable[[], float]:
+    @torch.inference_mode()
+    def run() -> float:
+        out = model(prompt, use_cache=True)
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        return time.perf_counter() - started
+
+    return run
+
+
+def time_pairs(first: Callable, second: Callable, repeats: int, what: str) -> list[tuple[float, float]]:
+    """Seconds of both, in turn; a callable that returns seconds measures itself. Two turns warm up."""
+    pairs = []
+    for turn in track(range(repeats + 2), what, transient=True, console=CONSOLE):
+        pair = tuple(_seconds(call) for call in (first, second))
+        if turn >= 2:
+            pairs.append(pair)
+    return pairs
+
+
+def _seconds(call: Callable) -> float:
+    started = time.perf_counter()
+    measured = call()
+    return time.perf_counter() - started if measured is None else measured
+
+
+def pair_ratio(pairs: list[tuple[float, float]]) -> float:
+    """How many times faster the first is: the median over pairs."""
+    return statistics.median(theirs / ours for ours, theirs in pairs)
+
+
+def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a large matrix product, the median of 20."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    times = [_seconds(lambda: (a @ b, None)[1]) for _ in range(23)][3:]
+    return 2 * size**3 / statistics.median(times)
+
+
+def training_flops(config: ModelConfig) -> float:
+    """Floating-point operations of products per token: 6 per active weight and head weight, and attention's own.
+
+    Attention: lightning in blocks of 64 (scores, values, state, read), softmax over half of the 512 tokens; three
+    times the forward pass.
+    """
+    inner, layers = config.attention_size, config.layers
+    lightning = 4 * 64 * inner + 4 * config.head_dim * inner
+    softmax = 4 * (LENGTH / 2) * inner
+    attention = layers.count("L") * lightning + layers.count("S") * softmax
+    return 6 * (config.count_parameters().active + config.vocab_size * config.hidden_size) + 3 * attention
+
+
+def peak_memory_here(length: int) -> int:
+    """Bytes by which one forward and backward pass raises this process' peak memory."""
+    shape = (1, length, 4, 64)
+    rates = decay_rates(4, 0, 8)
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    # A short pass first, so that the library's own start-up memory is not counted.
+    for tokens in (64, length):
+        before = peak()
+        q, k, v = (torch.randn(1, tokens, *shape[2:], requires_grad=True) for _ in range(3))
+        lightning_attention(q, k, v, rates)[0].sum().backward()
+    return peak() - before
+
+
+if __name__ == "__main__":
+    main()

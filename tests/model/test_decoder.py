@@ -123,6 +123,24 @@ def test_packed_samples_equal_samples_alone(model, borders):
     torch.testing.assert_close(model(tokens, cu_seqlens=borders_of(*borders)), alone, **CLOSE)
 
 
+@torch.no_grad()
+def test_positions_and_rotary_settings(config, model, monkeypatch):
+    """Only distances reach the scores, so a wrong start would show in the rounding of long inputs alone."""
+    seen = []
+
+    def record(positions, *settings):
+        seen.append((positions.tolist(), *settings))
+        return rotary_tables(positions, *settings)
+
+    monkeypatch.setattr("fulmen.model.decoder.rotary_tables", record)
+    settings = (config.rotary_dim, config.rope_theta)
+    model(draw(1, 6), cu_seqlens=borders_of(0, 3, 4, 6))
+    assert seen.pop() == ([[0, 1, 2, 0, 0, 1]], *settings)
+    model(draw(2, 3), cache=(cache := model.new_cache(2)))
+    model(draw(2, 2), cache=cache)
+    assert [positions for positions, *_ in seen] == [[[0, 1, 2]], [[3, 4]]]
+
+
 @pytest.mark.parametrize("borders", BORDERS)
 def test_gradients_of_packed_samples_add_up_from_samples_alone(model, borders):
     tokens, targets = draw(1, borders[-1]), draw(1, borders[-1])

@@ -53,6 +53,21 @@ def test_large_logits_do_not_overflow(compare):
     compare(actual, results(oracle, 300 * hidden, weight, targets), 1e-6)
 
 
+@pytest.mark.parametrize("offset", [0.0, 300.0, -300.0])
+def test_a_sure_answer_keeps_its_digits(offset, compare):
+    """-log p of a p near 1 is small beside the logits, and must not be their rounding."""
+    case = torch.eye(3), torch.eye(3) * 9 + offset, torch.arange(3)
+    compare({"loss": linear_cross_entropy(*case)}, {"loss": oracle(*case)}, 1e-3)
+
+
+@pytest.mark.parametrize("target", [-1, -99, 50])
+def test_a_target_outside_the_vocabulary_is_no_target_of_another_token(target):
+    hidden, weight, targets = make()
+    targets[3] = target
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        linear_cross_entropy(hidden, weight, targets)
+
+
 def test_chunks_add_up_to_the_same(compare):
     case = make(200)
     expected = results(linear_cross_entropy, *case)

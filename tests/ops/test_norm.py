@@ -22,17 +22,34 @@ def test_values_and_gradients(shape, compare):
     compare(*results, 1e-6)
 
 
+def test_views_of_other_tensors(compare):
+    packed, d_out = torch.randn(5, 3, 2, 24), torch.randn(3, 5, 24)
+    results = []
+    for function, dtype in ((rms_norm, torch.float32), (formula, torch.float64)):
+        leaf, weight = packed.to(dtype).requires_grad_(), torch.ones(24, dtype=dtype, requires_grad=True)
+        x = leaf.select(2, 1).transpose(0, 1)
+        assert not x.is_contiguous()
+        out = function(x, weight, 1e-5)
+        # The gradient that arrives is a view too.
+        loss = (out.transpose(0, 1) * d_out.to(dtype).transpose(0, 1)).sum()
+        d_packed, d_weight = torch.autograd.grad(loss, (leaf, weight))
+        results.append({"out": out, "d_packed": d_packed, "d_weight": d_weight})
+    compare(*results, 1e-6)
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-6, 1.0])
 def test_eps_is_inside_the_root(eps):
     x = torch.full((4,), 1e-3)
     torch.testing.assert_close(rms_norm(x, torch.ones(4), eps), formula(x, torch.ones(4), eps))
 
 
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_inputs_are_normed_in_fp32(dtype):
+def test_narrow_inputs_are_normed_in_fp32(dtype, grad):
     # The squares overflow fp16, and their sum would lose most of its digits in bf16.
     x, weight = (torch.randn(7, 512) * 1000).to(dtype), (torch.rand(512) + 0.5).to(dtype)
-    out = rms_norm(x, weight, 1e-5)
+    with torch.set_grad_enabled(grad):
+        out = rms_norm(x, weight, 1e-5)
     assert out.dtype == dtype
     expected = formula(x.double(), weight.double(), 1e-5)
     # One rounding at the end: half a unit in the last place.

@@ -62,7 +62,7 @@ def test_updates_follow_the_scheduled_rate(trainer):
 
 
 def test_micro_batches_are_one_big_batch(trainer):
-    """Without balance loss and capacity, which look at a micro batch as a whole, the gradients are those of the whole."""
+    """Without balance loss and capacity, which see one micro batch at a time, the gradients are those of the whole."""
     settings = ("train.balance=0", "train.capacity_factor=0", "schedule.batch_tokens=200")
     whole = trainer(*settings)
     for micro in (200, 100, 77):
@@ -226,9 +226,12 @@ def test_bfloat16_products_keep_float32_weights(trainer):
     assert {t.dtype for s in make.optimizer.state.values() for t in s.values()} == {torch.float32}
 
 
-def test_compiled_layers_compute_the_same(trainer, monkeypatch):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_layers_compute_the_same(trainer):
     """Everything of compilation but the code generator, which takes a minute and a C++ compiler."""
     compiled, plain = trainer("train.compile=true"), trainer()
+    assert all(layer._compiled_call_impl for layer in compiled.model.layers)
+    assert not any(layer._compiled_call_impl for layer in plain.model.layers)
     calls = []
     backend = torch._dynamo.lookup_backend("aot_eager")
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fulmen.ops.experts.few import FEW, few_tokens_mlp
 from fulmen.ops.experts.routing import Routing
 
 ROUND = 64
@@ -29,6 +30,8 @@ def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if device == "cpu" and len(x) <= FEW and routing.kept is None and not torch.is_grad_enabled():
+        return few_tokens_mlp(x.to(dtype), w13.to(dtype), w2.to(dtype), routing).to(x.dtype)
     with torch.autocast(device, enabled=False):
         out = _ExpertsMLP.apply(x.to(dtype), w13.to(dtype), w2.to(dtype), routing.weights, _plan(routing, dtype))
     return out.to(x.dtype)

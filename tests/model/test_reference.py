@@ -19,7 +19,7 @@ EPS, LIGHTNING_EPS = 1e-5, 1e-6
 
 def settings(plan):
     return SimpleNamespace(
-        plan=plan, V=53, hidden=24, H=4, kv=2, D=16, rotary=8, theta=1000.0, E=5, k=2, F=12,
+        plan=plan, V=53, hidden=24, H=4, kv=2, D=16, rotary=8, theta=1000.0, E=5, k=2, F=16,
         lightning=(1.9, 0.9), softmax=(1.4, 1.2), mlp=(1.6, 0.8),
     )  # fmt: skip
 

@@ -8,6 +8,8 @@ import os
 import random
 import signal
 
+# A run imports these when it needs them; here once, instead of in each of its lives.
+import tensorboard.summary.writer.record_writer  # noqa: F401
 import torch
 
 import fulmen.checkpoint.writer
@@ -93,18 +95,18 @@ def dies_at_random_calls(most):
     """Lives that die at a random call of their first `most`, until one has so few calls to make that it ends well."""
     while True:
         calls = generator.randrange(most)
-        code = fork("killed", lambda: die_at_call(calls))
+        code = fork("killed", lambda calls=calls: die_at_call(calls))
         if code == 0:
             return
         assert code == -signal.SIGKILL, code
-        print(calls)
+        print(calls, flush=True)
 
 
 def scenes():
     assert fork("straight") == 0
     dies(die_in_tokenizer)
     dies(die_in_first_evaluation)
-    dies_at_random_calls(40)
+    dies_at_random_calls(60)
     dies(die_in_plot)
     dies(die_in_weights)
     dies_at_random_calls(60)

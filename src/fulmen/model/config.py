@@ -1,7 +1,7 @@
 """What a text model is made of, the named sizes, and what they cost in parameters and memory."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from fulmen.config import UserError
@@ -75,6 +75,11 @@ class ModelConfig:
             raise UserError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         if self.experts_per_token > self.num_experts:
             raise UserError(f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}")
+        for name in ("hidden_size", "expert_size"):
+            if getattr(self, name) % 8:
+                raise UserError(
+                    f"{name} must be a multiple of 8, as grouped products in bf16 ask, got {getattr(self, name)}"
+                )
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise UserError(f"rotary_dim must be even and in 2..head_dim {self.head_dim}, got {self.rotary_dim}")
 
@@ -92,9 +97,9 @@ class ModelConfig:
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelConfig":
         """A named size, with some fields changed."""
-        if name not in PRESETS:
-            raise UserError(f"no model size named {name!r}; there are {', '.join(PRESETS)}")
-        return replace(PRESETS[name], **changes)
+        if name not in SIZES:
+            raise UserError(f"no model size named {name!r}; there are {', '.join(SIZES)}")
+        return cls(**SIZES[name] | changes)
 
     def count_parameters(self) -> ParameterCount:
         """Counted from the shapes; nothing is allocated."""
@@ -125,10 +130,10 @@ class ModelConfig:
         )
 
 
-def _ladder(hidden: int, layers: int, head_dim: int, expert: int, experts: int) -> ModelConfig:
+def _ladder(hidden: int, layers: int, head_dim: int, expert: int, experts: int) -> dict:
     """A size of the scaling study as hybrid mixture of experts; its name says its total parameters."""
     heads = hidden // head_dim
-    return ModelConfig(
+    return dict(
         vocab_size=32768,
         hidden_size=hidden,
         num_layers=layers,
@@ -140,8 +145,8 @@ def _ladder(hidden: int, layers: int, head_dim: int, expert: int, experts: int) 
     )
 
 
-PRESETS = {
-    "tiny": ModelConfig(
+SIZES = {
+    "tiny": dict(
         vocab_size=4096,
         hidden_size=256,
         num_layers=8,
@@ -158,7 +163,7 @@ PRESETS = {
     "1b": _ladder(1024, 16, 128, 1024, 16),
     "3b": _ladder(1536, 24, 128, 1408, 16),
     "7b": _ladder(2048, 32, 128, 1920, 16),
-    "minimax-text-01": ModelConfig(
+    "minimax-text-01": dict(
         vocab_size=200_064,
         hidden_size=6144,
         num_layers=80,
@@ -172,3 +177,6 @@ PRESETS = {
         max_positions=10_240_000,
     ),
 }
+
+PRESETS = {name: ModelConfig(**fields) for name, fields in SIZES.items()}
+"""The named sizes."""

@@ -20,6 +20,7 @@ from fulmen.model.norm import RMSNorm
 from fulmen.model.softmax import SoftmaxAttention
 from fulmen.ops.experts import Routing, balance_loss
 from fulmen.ops.loss import IGNORE, linear_cross_entropy
+from fulmen.ops.packing import check_borders
 from fulmen.ops.rotary import rotary_tables
 
 
@@ -169,6 +170,7 @@ class LanguageModel(nn.Module):
         if cu_seqlens is not None:
             if cache is not None:
                 raise UserError("packed samples (cu_seqlens) cannot continue a cache")
+            check_borders(cu_seqlens, *tokens.shape)
             lengths = cu_seqlens.diff()
             places = places - cu_seqlens[:-1].repeat_interleave(lengths)
             longest = int(lengths.max())

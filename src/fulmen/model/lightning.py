@@ -26,6 +26,13 @@ class LightningAttention(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
         self.rates = nn.Buffer(decay_rates(config.num_heads, layer, config.num_layers), persistent=False)
 
+    def _apply(self, fn, recurse: bool = True) -> "LightningAttention":
+        """`model.to(dtype)` moves the rates and leaves them in fp32: rounded, a head would forget at another pace."""
+        rates = self.rates
+        super()._apply(fn, recurse)
+        self.rates = rates.to(self.rates.device)
+        return self
+
     def init_weights(self, gain: float) -> None:
         """Xavier; the DeepNorm `gain` on values and output."""
         qkv = self.qkv_proj.weight.unflatten(0, self.heads_shape)

@@ -29,9 +29,8 @@ class MixtureOfExperts(nn.Module):
     def init_weights(self, gain: float) -> None:
         """Xavier per matrix; the DeepNorm `gain` on the experts."""
         nn.init.xavier_normal_(self.gate.weight)
-        for expert in (*self.experts.w13, *self.experts.w2):
-            for matrix in expert.chunk(2) if expert.shape[0] == self.experts.w13.shape[1] else (expert,):
-                nn.init.xavier_normal_(matrix, gain)
+        for matrix in (*self.experts.w13.unflatten(1, (2, -1)).flatten(0, 1), *self.experts.w2):
+            nn.init.xavier_normal_(matrix, gain)
 
     def forward(self, x: Tensor, capacity_factor: float | None = None) -> tuple[Tensor, Routing]:
         """x [B, T, hidden] to the same shape, and where its tokens went.

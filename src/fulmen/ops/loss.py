@@ -63,11 +63,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed -log softmax(logits)[target], and its gradient by the logits in their own storage [T, V] fp32."""
     counted = targets != IGNORE
-    column = targets.clamp(min=0)[:, None]
+    # A negative target that is not IGNORE stays negative, and `gather` refuses it.
+    column = torch.where(counted, targets, 0)[:, None]
     at_target, highest = logits.gather(1, column)[:, 0], logits.amax(dim=-1)
     probs = torch.softmax(logits, dim=-1, out=logits)
     # The largest probability is at least 1 / V, so its logarithm is exact where that of the target's may underflow.
-    log_sum = highest - probs.amax(dim=-1).log()
-    nll = torch.where(counted, log_sum - at_target, 0.0).sum()
+    nll = torch.where(counted, (highest - at_target) - probs.amax(dim=-1).log(), 0.0).sum()
     probs.scatter_add_(1, column, torch.full_like(column, -1, dtype=probs.dtype))
     return nll, probs.mul_(counted[:, None]) if not bool(counted.all()) else probs

@@ -30,10 +30,10 @@ class _RMSNorm(torch.autograd.Function):
         x, inverse, weight = ctx.saved_tensors
         size = x.shape[-1]
         grad = grad.float().reshape(-1, size)
-        normed = torch.mul(x.float(), inverse).view(-1, size)
+        normed = torch.mul(x.float(), inverse).reshape(-1, size)
         along = grad * normed
         d_weight = along.sum(dim=0).to(weight.dtype)
         # dx = (w grad - normed * mean(w grad . normed)) / rms
         share = torch.mv(along, weight.float()).div_(-size)[:, None]
-        d_x = torch.mul(grad, weight).addcmul_(normed, share).view_as(x).mul_(inverse)
+        d_x = torch.mul(grad, weight).addcmul_(normed, share).view(x.shape).mul_(inverse)
         return d_x.to(x.dtype), d_weight, None

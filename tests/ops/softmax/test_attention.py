@@ -69,7 +69,10 @@ def test_packed_samples(function, borders, compare):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "d_out"])
 def test_a_nan_stays_in_its_sample(name):
-    case, cu_seqlens = dict(zip(("q", "k", "v", "d_out"), make(13), strict=True)), torch.tensor([0, 4, 9, 13])
+    case, cu_seqlens = (
+        dict(zip(("q", "k", "v", "d_out"), make(13), strict=True)),
+        torch.tensor([0, 4, 9, 13], dtype=torch.int32),
+    )
     clean = results(softmax_attention, **case, cu_seqlens=cu_seqlens)
     case[name][0, 4] = float("nan")
     bad = results(softmax_attention, **case, cu_seqlens=cu_seqlens)
@@ -93,8 +96,8 @@ def test_dtype_and_shape_are_those_of_q(compare):
         ((1, 5, 3, 8), (1, 5, 2, 8), None, "multiple of key heads, got 3 and 2"),
         ((1, 5, 2, 8), (1, 5, 4, 8), None, "multiple of key heads, got 2 and 4"),
         ((1, 6, 2, 8), (1, 5, 2, 8), None, r"last of the keys' tokens.* got q \(1, 6, 2, 8\), k \(1, 5, 2, 8\)"),
-        ((2, 5, 2, 8), (2, 5, 2, 8), [0, 5], "packed samples one row without a cache"),
-        ((1, 5, 2, 8), (1, 6, 2, 8), [0, 5], "packed samples one row without a cache"),
+        ((2, 5, 2, 8), (2, 5, 2, 8), [0, 5], "need B == 1, got B == 2"),
+        ((1, 5, 2, 8), (1, 6, 2, 8), [0, 5], "with packed samples all of them"),
         # Borders that leave tokens out would give back fewer rows than came in.
         ((1, 5, 2, 8), (1, 5, 2, 8), [0, 4], "borders|cu_seqlens"),
         ((1, 5, 2, 8), (1, 5, 2, 8), [1, 5], "borders|cu_seqlens"),

@@ -27,7 +27,7 @@ def _one_token(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
 
 
 def _padded(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
-    """Every expert gets as many columns as the busiest one has tokens; the weights stand left, which reads them best."""
+    """Every expert gets as many columns as the busiest has tokens; the weights stand left, which reads them best."""
     tokens, k = routing.experts.shape
     experts = routing.experts.flatten()
     chosen = F.one_hot(experts, len(w13))

@@ -27,9 +27,17 @@ def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
 
     Returns:
         [T, D], the dtype of x. Products run in the autocast dtype where autocast is on, else in x's dtype.
+
+    Raises:
+        ValueError: rows of D or F numbers do not fill whole 16 bytes, which grouped products ask for.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if any(width * dtype.itemsize % 16 for width in (x.shape[1], w2.shape[2])):
+        raise ValueError(
+            f"hidden size and expert width must be multiples of {16 // dtype.itemsize} in {dtype}, "
+            f"got {x.shape[1]} and {w2.shape[2]}"
+        )
     if device == "cpu" and len(x) <= FEW and routing.kept is None and not torch.is_grad_enabled():
         return few_tokens_mlp(x.to(dtype), w13.to(dtype), w2.to(dtype), routing).to(x.dtype)
     with torch.autocast(device, enabled=False):
@@ -110,17 +118,19 @@ class _ExpertsMLP(torch.autograd.Function):
 
 def _sum_per_token(rows_RD: Tensor, plan: Plan, shape: torch.Size) -> Tensor:
     """Sum the rows of each token's kept choices: [R, D] to [T, D]."""
-    # A dropped choice reads the row of another and counts it as zero.
+    # A dropped choice reads some row and counts it as zero.
+    if len(plan.choices) == 0:
+        return rows_RD.new_zeros(shape[0], rows_RD.shape[1])
     row_of = torch.zeros(shape, dtype=torch.int64, device=rows_RD.device)
     row_of.view(-1)[plan.choices] = plan.rows
-    kept = None
+    dropped = None
     if len(plan.choices) < row_of.numel():
-        kept = torch.zeros(shape, dtype=rows_RD.dtype, device=rows_RD.device)
-        kept.view(-1)[plan.choices] = 1
+        dropped = torch.ones(shape, dtype=torch.bool, device=rows_RD.device)
+        dropped.view(-1)[plan.choices] = False
     total = None
     for slot in range(shape[1]):
         part = rows_RD[row_of[:, slot]]
-        if kept is not None:
-            part *= kept[:, slot, None]
+        if dropped is not None:
+            part.masked_fill_(dropped[:, slot, None], 0)
         total = part if total is None else total.add_(part)
     return total

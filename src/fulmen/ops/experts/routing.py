@@ -23,7 +23,8 @@ class Routing(NamedTuple):
 
 def expert_capacity(tokens: int, num_experts: int, k: int, factor: float) -> int:
     """Choices that one expert takes: ceil(factor * k * tokens / E)."""
-    return math.ceil(factor * k * tokens / num_experts)
+    # Rounded first: 1.1 * 2 * 40 / 8 is 11.000000000000002 in floating point.
+    return math.ceil(round(factor * k * tokens / num_experts, 6))
 
 
 def route(logits: Tensor, k: int, capacity: int | None = None) -> Routing:
@@ -52,8 +53,8 @@ def _within_capacity(experts: Tensor, counts: Tensor, capacity: int) -> Tensor |
 def balance_loss(routing: Routing) -> Tensor:
     """(1/E) sum_i f_i m_i, with f_i = (choices of expert i) * E / (k T) and m_i = mean probability of i, times E.
 
-    Our convention: f and m are both scaled by E, so perfect balance gives 1 and all-to-one gives E / k or more. The
-    gradient flows through m alone. Multiply by the recipe's coefficient (0.01 in the report).
+    Our convention: f and m are both scaled by E, so perfect balance gives 1, and all tokens to the same k experts gives
+    up to E / k. The gradient flows through m alone. Multiply by the recipe's coefficient (0.01 in the report).
     """
     num_experts, choices = routing.probs.shape[1], routing.experts.numel()
     fraction = routing.counts.float() * (num_experts / choices)

@@ -5,13 +5,12 @@
 `naive.py` is the definition, `chunked.py` computes the same with matrix products; README.md has the mathematics.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from fulmen.ops.lightning.chunked import chunked_lightning_attention
 from fulmen.ops.lightning.naive import naive_lightning_attention
+from fulmen.ops.packing import check_borders
 
 __all__ = ["decay_rates", "lightning_attention"]
 
@@ -88,21 +87,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None,
         raise ValueError(f"all tensors must be on q's device {q.device}, got {[str(t.device) for t in others]}")
     if rates.shape != (heads,):
         raise ValueError(f"rates must be [H] = [{heads}], got {tuple(rates.shape)}")
-    samples = batch if cu_seqlens is None else _check_borders(cu_seqlens, batch, length)
+    samples = batch if cu_seqlens is None else len(check_borders(cu_seqlens, batch, length)) - 1
     if state is not None:
         dtype = torch.promote_types(q.dtype, torch.float32)
         shape = (samples, heads, key_dim, v.shape[3])
         if state.shape != shape or state.dtype != dtype:
             raise ValueError(f"state must be {shape} {dtype}, got {tuple(state.shape)} {state.dtype}")
-
-
-def _check_borders(cu_seqlens: Tensor, batch: int, length: int) -> int:
-    """Number of packed samples, after checking that the borders make sense. Reads the borders on the host."""
-    if batch != 1:
-        raise ValueError(f"packed samples (cu_seqlens) need B == 1, got B == {batch}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
-        raise ValueError(f"cu_seqlens must be [N+1] int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    borders = cu_seqlens.tolist()
-    if borders[0] != 0 or borders[-1] != length or any(a >= b for a, b in itertools.pairwise(borders)):
-        raise ValueError(f"cu_seqlens must rise strictly from 0 to T == {length}, got {borders}")
-    return len(borders) - 1

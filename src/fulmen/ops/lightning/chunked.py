@@ -47,7 +47,9 @@ def chunked_lightning_attention(
         dtype = torch.promote_types(q.dtype, torch.float32)
         state = torch.zeros(len(borders) - 1, heads, key_dim, value_dim, dtype=dtype, device=q.device)
     flat = (x.reshape(batch * length, heads, -1) for x in (q, k, v))
-    out, final = _Chunked.apply(*flat, rates, state, blocks)
+    # Autocast would take the states' products, which are in fp32 on purpose, down to bf16.
+    with torch.autocast(q.device.type, enabled=False):
+        out, final = _Chunked.apply(*flat, rates, state, blocks)
     return out.view(batch, length, heads, value_dim), final
 
 
@@ -197,7 +199,8 @@ class _Chunked(torch.autograd.Function):
             if blocks.rows is not None:
                 tiles[3] = tiles[3] * blocks.real(part)[:, None, :, None]
             d_ending = _replaced(d_final[segment.samples], -1, d_carry if segment.goes_on else None)
-            d_tiles, d_entering = _segment_backward(tiles, carry, initial, d_ending, decays, segment)
+            with torch.autocast(q.device.type, enabled=False):
+                d_tiles, d_entering = _segment_backward(tiles, carry, initial, d_ending, decays, segment)
             d_carry = d_entering[0]
             # What flows into a sample that began earlier is for the segment before to hand on: it overwrites this.
             d_initial[segment.samples] = d_entering

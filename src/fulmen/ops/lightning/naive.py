@@ -33,5 +33,5 @@ def _recurrence(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | 
     for t in range(q.shape[1]):
         update_BHKV = k[:, t, :, :, None] * v[:, t, :, None, :]
         state = update_BHKV if state is None else torch.addcmul(update_BHKV, state, decay_H11)
-        outs.append(torch.matmul(q[:, t, :, None, :], state))
-    return torch.cat(outs, dim=2).transpose(1, 2).to(out_dtype), state
+        outs.append((q[:, t, :, :, None] * state).sum(dim=-2))
+    return torch.stack(outs, dim=1).to(out_dtype), state

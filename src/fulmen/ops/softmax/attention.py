@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fulmen.ops.packing import check_borders
+
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Causal attention with scale D^-0.5 (MiniMax-01, section 2.1).
@@ -24,14 +26,14 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"query heads must be a multiple of key heads, got {q.shape[2]} and {k.shape[2]}")
-    if q.shape[1] > k.shape[1] or (cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1])):
+    if q.shape[1] > k.shape[1] or (cu_seqlens is not None and q.shape[1] != k.shape[1]):
         raise ValueError(
-            "queries must be the last of the keys' tokens, and packed samples one row without a cache, "
+            "queries must be the last of the keys' tokens, and with packed samples all of them, "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}"
         )
     if cu_seqlens is None:
         return _one_sequence(q, k, v)
-    borders = cu_seqlens.tolist()
+    borders = check_borders(cu_seqlens, q.shape[0], q.shape[1])
     samples = [slice(a, b) for a, b in itertools.pairwise(borders)]
     return torch.cat([_one_sequence(q[:, s], k[:, s], v[:, s]) for s in samples], dim=1)
 

@@ -30,6 +30,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 done, 1 training diverged, 2 for the user to mend, 128 + n stopped by signal n."""
+    # A model may write what the terminal's encoding lacks.
+    sys.stdout.reconfigure(errors="replace")
     try:
         arguments = _parser().parse_args(argv)
         code = arguments.run(arguments)
@@ -37,7 +39,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except UserError as error:
         code = _fail(str(error), 2)
     except KeyboardInterrupt:
-        code = _fail("interrupted", 128 + signal.SIGINT)
+        print("fulmen: interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader has gone (`fulmen info ... | head`); what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -58,7 +61,7 @@ def _count(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fulmen", description="MiniMax-01 hybrid lightning-attention models, trained and used.")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs = parser.add_subparsers(metavar="VERB [OPTIONS]", required=True)
     _add_training(verbs)
     _add_generation(verbs)
     _add_checkpoints(verbs)

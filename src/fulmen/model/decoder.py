@@ -7,7 +7,6 @@ Module names are those of the published checkpoints, but for the stacked experts
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,10 +14,12 @@ from fulmen.config import UserError
 from fulmen.model.cache import Cache, KeyValues, LightningState
 from fulmen.model.config import LIGHTNING, ModelConfig
 from fulmen.model.lightning import LightningAttention
+from fulmen.model.linear import Linear
 from fulmen.model.moe import MixtureOfExperts
 from fulmen.model.norm import RMSNorm
 from fulmen.model.softmax import SoftmaxAttention
 from fulmen.ops.experts import Routing, balance_loss
+from fulmen.ops.linear import linear_f32
 from fulmen.ops.loss import IGNORE, linear_cross_entropy
 from fulmen.ops.packing import check_borders
 from fulmen.ops.rotary import rotary_tables
@@ -80,7 +81,7 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if not self.lm_head.weight.is_meta:
             self.init_weights()
 
@@ -140,8 +141,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head, in fp32 whatever the weights' dtype: [..., hidden] to [..., V]."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.lm_head.weight.float())
+        return linear_f32(hidden, self.lm_head.weight)
 
     def loss(
         self,

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fulmen.model.cache import LightningState
 from fulmen.model.config import ModelConfig
+from fulmen.model.linear import Linear
 from fulmen.model.norm import RMSNorm
 from fulmen.ops.lightning import decay_rates, lightning_attention
 
@@ -20,10 +21,10 @@ class LightningAttention(nn.Module):
         super().__init__()
         inner = config.attention_size
         self.heads_shape = (config.num_heads, 3, config.head_dim)
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * inner, bias=False)
-        self.output_gate = nn.Linear(config.hidden_size, inner, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, 3 * inner)
+        self.output_gate = Linear(config.hidden_size, inner)
         self.norm = RMSNorm(inner, config.lightning_norm_eps)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.out_proj = Linear(inner, config.hidden_size)
         self.rates = nn.Buffer(decay_rates(config.num_heads, layer, config.num_layers), persistent=False)
 
     def _apply(self, fn, recurse: bool = True) -> "LightningAttention":

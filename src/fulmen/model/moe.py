@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from fulmen.model.config import ModelConfig
+from fulmen.model.linear import Linear
 from fulmen.ops.experts import Routing, expert_capacity, experts_mlp, route
+from fulmen.ops.linear import linear_f32
 
 
 class Experts(nn.Module):
@@ -23,7 +25,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.experts_per_token = config.experts_per_token
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Linear(config.hidden_size, config.num_experts)
         self.experts = Experts(config)
 
     def init_weights(self, gain: float) -> None:
@@ -39,8 +41,7 @@ class MixtureOfExperts(nn.Module):
         (training); without, nothing is.
         """
         flat = x.flatten(0, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = nn.functional.linear(flat.float(), self.gate.weight.float())
+        logits = linear_f32(flat, self.gate.weight)
         k, capacity = self.experts_per_token, None
         if capacity_factor is not None:
             capacity = expert_capacity(len(flat), logits.shape[1], k, capacity_factor)

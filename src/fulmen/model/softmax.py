@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from fulmen.model.cache import KeyValues
 from fulmen.model.config import ModelConfig
+from fulmen.model.linear import Linear
 from fulmen.ops.rotary import apply_rotary
 from fulmen.ops.softmax import softmax_attention
 
@@ -15,10 +16,10 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.attention_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(config.attention_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.attention_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(config.attention_size, config.hidden_size)
 
     def init_weights(self, gain: float) -> None:
         """Xavier; the DeepNorm `gain` on values and output."""

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fulmen.ops.cpu import training
+
 IGNORE = -100
 
 
@@ -34,15 +36,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             d_hidden = torch.empty_like(hidden) if want_hidden else None
             d_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
-            logits = torch.empty(min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device)
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
                 h_TD, target = hidden[part].to(dtype), targets[part]
-                part_logits = logits[: len(target)].copy_(F.linear(h_TD, operand))
-                nll, d_logits = _nll_and_gradient(part_logits, target)
+                nll, d_logits = _nll_and_gradient(F.linear(h_TD, operand), target)
                 total += nll
-                if want_hidden or want_weight:
-                    d_logits = d_logits.to(dtype)
                 if want_hidden:
                     d_hidden[part] = d_logits @ operand
                 if want_weight:
@@ -61,13 +59,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed -log softmax(logits)[target], and its gradient by the logits in their own storage [T, V] fp32."""
+    """Summed -log softmax(logits)[target], and its gradient by the logits [T, V], in their dtype."""
     counted = targets != IGNORE
-    # A negative target that is not IGNORE stays negative, and `gather` refuses it.
-    column = torch.where(counted, targets, 0)[:, None]
+    if bool(((targets < 0) & counted).any()) or int(targets.max()) >= logits.shape[1]:
+        raise IndexError(f"a target must be {IGNORE} or a token of 0..{logits.shape[1] - 1}")
+    if training.fuses(logits):
+        return training.cross_entropy_(logits, targets, IGNORE).sum(), logits
+    dtype, logits = logits.dtype, logits.float()
+    column = targets.clamp(min=0)[:, None]
     at_target, highest = logits.gather(1, column)[:, 0], logits.amax(dim=-1)
-    probs = torch.softmax(logits, dim=-1, out=logits)
+    probs = torch.softmax(logits, dim=-1)
     # The largest probability is at least 1 / V, so its logarithm is exact where that of the target's may underflow.
     nll = torch.where(counted, (highest - at_target) - probs.amax(dim=-1).log(), 0.0).sum()
     probs.scatter_add_(1, column, torch.full_like(column, -1, dtype=probs.dtype))
-    return nll, probs.mul_(counted[:, None]) if not bool(counted.all()) else probs
+    return nll, probs.mul_(counted[:, None]).to(dtype)

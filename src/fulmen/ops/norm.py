@@ -5,9 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fulmen.ops import cpu
+from fulmen.ops.cpu import training
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 and given back in x's dtype; x [..., D], weight [D]."""
+    size = x.shape[-1]
+    if weight.shape[0] == size and cpu.serves(x.numel() // size, x, weight):
+        return cpu.rms_norm(x, weight, eps)
     if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
@@ -18,6 +24,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float):
+        ctx.fused = weight.dtype == torch.float32 and training.fuses(x, weight)
+        if ctx.fused:
+            y, inverse = training.rms_norm_forward(x, weight, eps)
+            ctx.save_for_backward(x, inverse, weight)
+            return y
         x_f32 = x.float()
         norm = torch.linalg.vector_norm(x_f32, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -28,6 +39,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, inverse, weight = ctx.saved_tensors
+        if ctx.fused:
+            return *training.rms_norm_backward(grad.contiguous(), x, inverse, weight), None
         size = x.shape[-1]
         grad = grad.float().reshape(-1, size)
         normed = torch.mul(x.float(), inverse).reshape(-1, size)

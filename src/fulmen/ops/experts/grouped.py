@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fulmen.ops.experts.few import FEW, few_tokens_mlp
 from fulmen.ops.experts.routing import Routing
+from fulmen.ops.swiglu import swiglu, swiglu_backward
 
 ROUND = 64
 
@@ -84,8 +85,7 @@ class _ExpertsMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, plan: Plan):
         gate_up = F.grouped_mm(x[plan.tokens], w13.mT, offs=plan.ends)
-        gate, up = gate_up.chunk(2, dim=-1)
-        y_RD = F.grouped_mm(F.silu(gate).mul_(up), w2.mT, offs=plan.ends)
+        y_RD = F.grouped_mm(swiglu(gate_up), w2.mT, offs=plan.ends)
         ctx.save_for_backward(x, w13, w2, gate_up, *plan)
         ctx.weights_shape = weights.shape
         return _sum_per_token(y_RD.mul_(plan.weights), plan, weights.shape)
@@ -95,22 +95,13 @@ class _ExpertsMLP(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):
         x, w13, w2, gate_up, *saved = ctx.saved_tensors
         plan = Plan(*saved)
-        gate, up = gate_up.chunk(2, dim=-1)
         d_y = d_out[plan.tokens]
-
         # The weight's own gradient is (w2^T d_y) . act, so the answers y need not be kept.
-        act_gate = F.silu(gate)
-        act = act_gate * up
         d_act = F.grouped_mm(d_y, w2, offs=plan.ends)
+        d_gate_up, weighted_act, d_rows = swiglu_backward(d_act, gate_up, plan.weights)
         d_weights = torch.zeros(ctx.weights_shape, dtype=torch.float32, device=x.device)
-        d_weights.view(-1)[plan.choices] = (d_act * act).sum(dim=-1, dtype=torch.float32)[plan.rows]
-        d_act *= plan.weights
-        d_w2 = F.grouped_mm(d_y.T, act.mul_(plan.weights), offs=plan.ends)
-
-        d_gate_up = torch.empty_like(gate_up)
-        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-        torch.mul(d_act, act_gate, out=d_up)
-        torch.ops.aten.silu_backward.grad_input(d_act.mul_(up), gate, grad_input=d_gate)
+        d_weights.view(-1)[plan.choices] = d_rows[plan.rows]
+        d_w2 = F.grouped_mm(d_y.T, weighted_act, offs=plan.ends)
         d_w13 = F.grouped_mm(d_gate_up.T, x[plan.tokens], offs=plan.ends)
         d_x = _sum_per_token(F.grouped_mm(d_gate_up, w13, offs=plan.ends), plan, ctx.weights_shape)
         return d_x, d_w13, d_w2, d_weights, None

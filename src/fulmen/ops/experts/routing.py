@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fulmen.ops import cpu
+
 
 class Routing(NamedTuple):
     """Where the T tokens of a call go.
@@ -33,6 +35,8 @@ def route(logits: Tensor, k: int, capacity: int | None = None) -> Routing:
     With a `capacity`, an expert keeps the choices of the tokens that come first and the rest is dropped (token-drop,
     for training): the residual passes such a token on. Without, nothing is dropped (inference).
     """
+    if capacity is None and cpu.serves(len(logits), logits):
+        return Routing(*cpu.route(logits, k), kept=None)
     probs = logits.float().softmax(dim=-1)
     top, experts = probs.topk(k, dim=-1)
     weights = top / top.sum(dim=-1, keepdim=True)

@@ -2,19 +2,38 @@
 
     S_t = exp(-s) S_{t-1} + k_t v_t^T        o_t = q_t^T S_t            (MiniMax-01, section 2.2)
 
-`naive.py` is the definition, `chunked.py` computes the same with matrix products; README.md has the mathematics.
+`naive.py` is the definition, `chunked.py` computes the same with matrix products, `fulmen.ops.cpu` has a kernel for
+the next token of a sequence; README.md has the mathematics.
 """
 
 import torch
 from torch import Tensor
 
+from fulmen.ops import cpu
 from fulmen.ops.lightning.chunked import chunked_lightning_attention
 from fulmen.ops.lightning.naive import naive_lightning_attention
 from fulmen.ops.packing import check_borders
 
 __all__ = ["decay_rates", "lightning_attention"]
 
-BACKENDS = {"naive": naive_lightning_attention, "chunked": chunked_lightning_attention}
+
+def _cpu_step(
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if not _is_cpu_step(q, k, v, rates, state):
+        raise ValueError(
+            'backend "cpu" takes one token of each sequence, fp32 on the CPU, no gradients, and needs a C compiler; '
+            f"got {tuple(q.shape)} {q.dtype} on {q.device}, gradients {'on' if torch.is_grad_enabled() else 'off'}"
+        )
+    return cpu.lightning_step(q, k, v, rates, state)
+
+
+def _is_cpu_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None) -> bool:
+    others = () if state is None else (state,)
+    return q.shape[1] == 1 and cpu.serves(1, q, k, v, rates, *others)
+
+
+BACKENDS = {"naive": naive_lightning_attention, "chunked": chunked_lightning_attention, "cpu": _cpu_step}
 
 
 def decay_rates(num_heads: int, layer: int, num_layers: int) -> Tensor:
@@ -53,7 +72,8 @@ def lightning_attention(
         cu_seqlens: [N+1] int32 borders of N samples laid end to end, from 0 strictly up to T; then B == 1. Nothing
             crosses a border.
         return_state: whether the states after the last token are wanted.
-        backend: "naive", "chunked", or None to pick: the recurrence for a single token, else "chunked".
+        backend: "naive", "chunked", "cpu" (a single token without gradients: see `fulmen.ops.cpu`), or None to pick:
+            "cpu" where it can, the recurrence for another single token, else "chunked".
 
     Returns:
         The outputs, like v, and the final states in the shape of `state` (None unless `return_state`). Both carry
@@ -64,11 +84,17 @@ def lightning_attention(
     """
     _check(q, k, v, rates, state, cu_seqlens)
     if backend is None:
-        backend = "naive" if q.shape[1] == 1 else "chunked"
+        backend = _pick(q, k, v, rates, state)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     out, final = BACKENDS[backend](q, k, v, rates, state, cu_seqlens)
     return out, final if return_state else None
+
+
+def _pick(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None) -> str:
+    if q.shape[1] > 1:
+        return "chunked"
+    return "cpu" if _is_cpu_step(q, k, v, rates, state) else "naive"
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> None:

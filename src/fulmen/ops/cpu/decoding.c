@@ -8,6 +8,8 @@ in an order that no thread count changes. NaN and infinity go the way that IEEE 
 #include <stdint.h>
 #include <string.h>
 
+#include "exp.h"
+
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
@@ -25,6 +27,7 @@ in an order that no thread count changes. NaN and infinity go the way that IEEE 
 #endif
 
 #define FEW 64
+#define AHEAD 2048
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -34,7 +37,14 @@ typedef int64_t i64;
 
 INLINE i64 min(i64 a, i64 b) { return a < b ? a : b; }
 
-INLINE vec load(const float *p) { return *(const vec_unaligned *)p; }
+/* Into a register: gcc would read the same numbers anew for every product, which takes as long as the product. */
+INLINE vec load(const float *p) {
+    vec value = *(const vec_unaligned *)p;
+#ifdef __x86_64__
+    __asm__("" : "+v"(value));
+#endif
+    return value;
+}
 
 INLINE float sum(vec v) {
     quad parts[LANES / 4];
@@ -44,42 +54,34 @@ INLINE float sum(vec v) {
     return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
-/* 2^n p(r) with x = n ln 2 + r: libm's expf is a call per number. Beyond fp32 it is 0 or infinity; NaN stays NaN. */
-INLINE float fast_exp(float x) {
-    x = x < -88.0f ? -88.0f : x;
-    x = x > 89.0f ? 89.0f : x;
-    float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    uint32_t bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return p * scale;
-}
-
 INLINE float silu(float x) { return x / (1.0f + fast_exp(-x)); }
 
-/* out[c][r] = w[r] . x[c]; `cols` is a constant where this is called. */
+/* out[c][r] = w[r] . x[c]; `cols` is a constant where this is called.
+
+The processor's own prefetch starts anew with every page of 4 KiB, so the rows to come are asked for here,
+into the second cache: the first has no room for them. */
 INLINE void tile(const float *const w[ROWS], const float *const x[COLS], int cols, i64 k, float out[][ROWS]) {
     vec sums[COLS][ROWS] = {0};
     i64 i = 0;
-    for (; i + LANES <= k; i += LANES)
-        for (int c = 0; c < cols; c++)
-            for (int r = 0; r < ROWS; r++) sums[c][r] += load(w[r] + i) * load(x[c] + i);
-    for (int c = 0; c < cols; c++)
+    for (; i + LANES <= k; i += LANES) {
+        vec rows[ROWS];
         for (int r = 0; r < ROWS; r++) {
-            float total = sum(sums[c][r]);
-            for (i64 rest = i; rest < k; rest++) total += w[r][rest] * x[c][rest];
-            out[c][r] = total;
+            rows[r] = load(w[r] + i);
+            __builtin_prefetch(w[r] + i + AHEAD, 0, 2);
         }
+        for (int c = 0; c < cols; c++) {
+            vec column = load(x[c] + i);
+            for (int r = 0; r < ROWS; r++) sums[c][r] += rows[r] * column;
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < cols; c++)
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) out[c][r] = sum(sums[c][r]);
+    if (i == k) return;
+    for (int c = 0; c < cols; c++)
+        for (int r = 0; r < ROWS; r++)
+            for (i64 rest = i; rest < k; rest++) out[c][r] += w[r][rest] * x[c][rest];
 }
 
 /* out[c][r] = w[j + r] . x[c] for `count` <= FEW tokens. Past the last row or token the last one stands in, unused. */

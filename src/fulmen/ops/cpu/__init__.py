@@ -1,0 +1,101 @@
+"""Kernels in C for decoding on a CPU: a few tokens, fp32, no gradients; see README.md.
+
+The operations of `fulmen.ops` come here by themselves where `serves` says so; nothing else need call these functions.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fulmen.ops.cpu.library import load
+
+__all__ = ["FEW", "experts_mlp", "lightning_step", "linear", "rms_norm", "route", "serves"]
+
+FEW = 64
+"""Up to so many tokens (kernels.c has the same number) PyTorch's products, which want large matrices, are slower."""
+
+PLAIN = (Tensor, Parameter)
+"""No subclass, whose numbers may lie elsewhere."""
+
+WORTH_A_THREAD = 16_384
+"""Multiplications below which a second thread costs more than it saves."""
+
+
+def serves(tokens: int, *tensors: Tensor) -> bool:
+    """Whether the kernels may compute this: few tokens, plain fp32 tensors on the CPU, nobody records or converts.
+
+    The first call without gradients builds the library (a second or two).
+    """
+    if torch.is_grad_enabled() or not 0 < tokens <= FEW:
+        return False
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype is not torch.float32 or type(tensor) not in PLAIN:
+            return False
+    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() and load() is not None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] times weight [N, K] transposed: [..., N]."""
+    n, k = weight.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    rows = x.numel() // k
+    y = torch.empty(*x.shape[:-1], n)
+    load().linear(y.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, n, k, _threads(rows * n * k))
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim."""
+    x, weight = x.contiguous(), weight.contiguous()
+    size = x.shape[-1]
+    y = torch.empty_like(x)
+    load().rms_norm(y.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // size, size, eps)
+    return y
+
+
+def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Experts, weights, probabilities and counts of `fulmen.ops.experts.Routing` for logits [T, E]."""
+    logits = logits.contiguous()
+    tokens, num_experts = logits.shape
+    experts, counts = torch.empty(tokens, k, dtype=torch.int64), torch.empty(num_experts, dtype=torch.int64)
+    weights, probs = torch.empty(tokens, k), torch.empty(tokens, num_experts)
+    outputs = (experts.data_ptr(), weights.data_ptr(), probs.data_ptr(), counts.data_ptr())
+    load().route(*outputs, logits.data_ptr(), tokens, num_experts, k)
+    return experts, weights, probs, counts
+
+
+def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """sum over k of weights [T, k] * w2 (SiLU(w1 x) * (w3 x)), each with the matrices of experts [T, k]; x [T, D]."""
+    x, w13, w2, experts, weights = (t.contiguous() for t in (x, w13, w2, experts, weights))
+    tokens, k = experts.shape
+    num_experts, d, f = w2.shape
+    out, act = torch.empty(tokens, d), torch.empty(tokens * k, f)
+    inputs = (x.data_ptr(), w13.data_ptr(), w2.data_ptr(), experts.data_ptr(), weights.data_ptr())
+    threads = _threads(tokens * k * d * f)
+    load().experts_mlp(out.data_ptr(), act.data_ptr(), *inputs, tokens, k, num_experts, d, f, threads)
+    return out
+
+
+def lightning_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Outputs [B, 1, H, V] and next states [B, H, K, V] of one token of each sequence; arguments as `naive.py` has."""
+    batch, _, heads, key_dim = q.shape
+    value_dim, strides = v.shape[3], q.stride()
+    if strides != k.stride() or strides != v.stride() or strides[3] != 1:
+        return _packed_step(q, k, v, rates, state)
+    rates = rates.contiguous()
+    state = None if state is None else state.contiguous()
+    out, following = torch.empty(batch, 1, heads, value_dim), torch.empty(batch, heads, key_dim, value_dim)
+    inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), rates.data_ptr(), None if state is None else state.data_ptr())
+    shape = (batch, heads, key_dim, value_dim, strides[0], strides[2])
+    load().lightning_step(out.data_ptr(), following.data_ptr(), *inputs, *shape, _threads(following.numel()))
+    return out, following
+
+
+def _packed_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The step for tensors that do not share their strides, by laying them side by side."""
+    q, k, v = torch.cat((q, k, v), dim=-1).split((q.shape[3], k.shape[3], v.shape[3]), dim=-1)
+    return lightning_step(q, k, v, rates, state)
+
+
+def _threads(multiplications: int) -> int:
+    return torch.get_num_threads() if multiplications >= WORTH_A_THREAD else 1

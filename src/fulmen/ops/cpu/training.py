@@ -1,0 +1,74 @@
+"""The passes between the matrix products of training, in C (`training.c`), for fp32 and bf16 on the CPU."""
+
+import torch
+from torch import Tensor
+
+from fulmen.ops.cpu.library import load
+
+SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def fuses(*tensors: Tensor) -> bool:
+    """Whether the kernels may compute this: contiguous fp32 or bf16 tensors on the CPU, and nobody compiles.
+
+    The first call builds the library (a second or two).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype not in SUFFIX or not tensor.is_contiguous():
+            return False
+    return load() is not None
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """SiLU(gate) * up: [R, 2F] to [R, F]."""
+    rows, width = gate_up.shape
+    act = gate_up.new_empty(rows, width // 2)
+    _kernel("swiglu", gate_up)(act.data_ptr(), gate_up.data_ptr(), rows, width // 2, torch.get_num_threads())
+    return act
+
+
+def swiglu_backward(d_act: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """d_gate_up [R, 2F], weights * act [R, F] and d_weights [R] fp32 of rows that count with weights [R, 1].
+
+    d_act [R, F] is the gradient of an unweighted row's activation; all in one dtype.
+    """
+    rows, f = d_act.shape
+    d_gate_up, weighted_act = torch.empty_like(gate_up), torch.empty_like(d_act)
+    d_weights = torch.empty(rows)
+    outputs = (d_gate_up.data_ptr(), weighted_act.data_ptr(), d_weights.data_ptr())
+    inputs = (d_act.data_ptr(), gate_up.data_ptr(), weights.data_ptr())
+    _kernel("swiglu_backward", gate_up)(*outputs, *inputs, rows, f, torch.get_num_threads())
+    return d_gate_up, weighted_act, d_weights
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normed x [..., D] and 1 / rms [..., 1] fp32; weight [D] fp32."""
+    size = len(weight)
+    y, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+    pointers = (y.data_ptr(), inverse.data_ptr(), x.data_ptr(), weight.data_ptr())
+    _kernel("rms_norm_forward", x)(*pointers, x.numel() // size, size, eps, torch.get_num_threads())
+    return y, inverse
+
+
+def rms_norm_backward(d_y: Tensor, x: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """d_x, like x, and d_weight [D] fp32."""
+    size, threads = len(weight), torch.get_num_threads()
+    d_x, d_weight = torch.empty_like(x), torch.empty(threads, size)
+    pointers = (t.data_ptr() for t in (d_x, d_weight, d_y, x, inverse, weight))
+    _kernel("rms_norm_backward", x)(*pointers, x.numel() // size, size, threads)
+    return d_x, d_weight.sum(dim=0)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
+    """-log softmax(logits)[target] per row, [T] fp32; the logits [T, V] become its gradient by them."""
+    rows, n = logits.shape
+    nll = torch.empty(rows)
+    pointers = (logits.data_ptr(), nll.data_ptr(), targets.data_ptr())
+    _kernel("cross_entropy", logits)(*pointers, rows, n, ignore, torch.get_num_threads())
+    return nll
+
+
+def _kernel(name: str, tensor: Tensor):
+    return getattr(load(), f"{name}_{SUFFIX[tensor.dtype]}")

@@ -1,0 +1,24 @@
+"""The product with a weight matrix, without bias (MiniMax-01 has none)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fulmen.ops import cpu
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] times weight [N, K] transposed: [..., N]; a few tokens on a CPU take `fulmen.ops.cpu`."""
+    size = weight.shape[-1]
+    if x.shape[-1] == size and cpu.serves(x.numel() // size, x, weight):
+        return cpu.linear(x, weight)
+    return F.linear(x, weight)
+
+
+def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
+    """The same in fp32, whatever the dtypes, and under autocast too: for what must not be rounded to bf16."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return linear(x.float(), weight.float())
+    with torch.autocast(device, enabled=False):
+        return F.linear(x.float(), weight.float())

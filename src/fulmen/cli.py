@@ -347,11 +347,16 @@ def _info(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     import torch
 
-    from fulmen.checkpoint import convert
+    from fulmen.checkpoint import load_generation_config, load_model, save_model
+    from fulmen.data import Tokenizer
     from fulmen.serve import find_checkpoint
 
     source = find_checkpoint(arguments.source)
-    convert(source, arguments.target, dialect=arguments.dialect, dtype=getattr(torch, arguments.dtype))
+    generation = load_generation_config(source)
+    tokenizer = Tokenizer.load(source) if (source / "tokenizer.json").exists() else None
+    eos_id = next(iter(generation.eos_ids), None)
+    model = load_model(source, dtype=getattr(torch, arguments.dtype))
+    save_model(model, arguments.target, arguments.dialect, tokenizer=tokenizer, eos_id=eos_id, bos_id=generation.bos_id)
     print(f"wrote {arguments.target} in the {arguments.dialect} dialect")
     return 0
 

@@ -14,7 +14,10 @@ from fulmen.data.documents import Document
 
 # Installed packages are not the library; tests, the two programs and the bundled wheels are not its style.
 SKIPPED_FOLDERS = frozenset(
-    ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "ensurepip", "turtledemo")
+    (
+        *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "ensurepip"),
+        *("turtledemo", "encodings", "pydoc_data"),  # the last two are tables, a fifth of all text
+    )
 )
 # Records of how this Python was built: they hold paths of the machine and differ between machines.
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")

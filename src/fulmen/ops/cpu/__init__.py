@@ -69,6 +69,7 @@ def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, weights: Te
     x, w13, w2, experts, weights = (t.contiguous() for t in (x, w13, w2, experts, weights))
     tokens, k = experts.shape
     num_experts, d, f = w2.shape
+    assert x.shape == (tokens, d) and w13.shape == (num_experts, 2 * f, d) and weights.shape == experts.shape
     out, act = torch.empty(tokens, d), torch.empty(tokens * k, f)
     inputs = (x.data_ptr(), w13.data_ptr(), w2.data_ptr(), experts.data_ptr(), weights.data_ptr())
     threads = _threads(tokens * k * d * f)

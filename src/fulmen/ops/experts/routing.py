@@ -35,7 +35,7 @@ def route(logits: Tensor, k: int, capacity: int | None = None) -> Routing:
     With a `capacity`, an expert keeps the choices of the tokens that come first and the rest is dropped (token-drop,
     for training): the residual passes such a token on. Without, nothing is dropped (inference).
     """
-    if capacity is None and cpu.serves(len(logits), logits):
+    if capacity is None and k <= logits.shape[1] and cpu.serves(len(logits), logits):
         return Routing(*cpu.route(logits, k), kept=None)
     probs = logits.float().softmax(dim=-1)
     top, experts = probs.topk(k, dim=-1)

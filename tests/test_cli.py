@@ -136,6 +136,8 @@ def overrides(settings):
 def start(*arguments, **options):
     """The command in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    # Where it is set, nothing is ever left in a buffer.
+    environment.pop("PYTHONUNBUFFERED", None)
     return subprocess.Popen([sys.executable, "-m", "fulmen", *map(str, arguments)], env=environment, **options)
 
 

@@ -145,6 +145,11 @@ def test_a_stop_string_in_the_last_token_is_a_stop(speaker, tokenizer):
     assert (text(pieces), pieces[-1].reason) == ("ab", "stop")
 
 
+def test_of_several_stop_strings_the_one_that_is_complete_first_counts():
+    assert _split_at_stop("xabcdy", ("abcd", "c")) == ("xab", "", True)
+    assert _split_at_stop("xabc", ("bc", "abc", "c")) == ("x", "", True)
+
+
 @given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
 def test_stopping_does_not_depend_on_the_pieces(said, stops, data):
     """Cut anywhere, the text given out is that of the stop string that is complete first, the longest of several."""
@@ -280,7 +285,12 @@ class TestConversation:
                 list(pieces)
         cold = Conversation(generator)
         cold._ids = list(conversation._ids)
-        assert self.reply(conversation, "go on", temperature=0) == self.reply(cold, "go on", temperature=0)
+        seen = []
+        real = generator.model.logits
+        monkeypatch.setattr(generator.model, "logits", lambda hidden: seen.append(real(hidden)) or seen[-1])
+        for talk in (conversation, cold):
+            next(talk.reply("go on", GREEDY))
+        torch.testing.assert_close(*seen)
 
     def test_a_conversation_that_is_too_long_is_refused_and_can_go_on(self, generator):
         conversation = Conversation(generator)

@@ -12,7 +12,7 @@ import torch
 from fulmen.checkpoint import load_model
 from fulmen.config import UserError, load_recipe
 from fulmen.data import Tokenizer
-from fulmen.run import RunDirectory, SnapshotStore, read_metrics
+from fulmen.run import MetricsLog, RunDirectory, SnapshotStore, read_metrics
 from fulmen.train import Trainer, TrainingDivergedError, TrainRecipe, train
 from fulmen.train.run import FIXED
 
@@ -139,6 +139,15 @@ def test_signal_after_the_snapshot_of_a_step_is_kept_for_the_next(short, folder,
     monkeypatch.setattr(SnapshotStore, "save", save)
     result = train(short(), folder / "run")
     assert SnapshotStore(folder / "run" / "snapshots").steps()[-1] == result.step == 3
+
+
+def test_metrics_are_on_the_disk_before_the_snapshot_that_keeps_them(short, folder, monkeypatch):
+    done = []
+    for owner, name in ((MetricsLog, "flush"), (SnapshotStore, "save")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *rest, name=name, real=real: done.append(name) or real(*rest))
+    train(short(), folder / "run")
+    assert done == ["flush", "save"] * 3 + ["flush"]
 
 
 def test_signal_during_the_first_evaluation_is_kept_too(short, folder, monkeypatch):

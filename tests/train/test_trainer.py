@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -123,8 +124,13 @@ def test_short_gradients_are_left_alone(trainer):
     assert_equal(parameters(one), parameters(other))
 
 
-def test_checkpointed_layers_give_the_same_gradients(trainer):
-    assert_equal(gradients(trainer()), gradients(trainer("train.checkpoint_layers=true")))
+def test_checkpointed_layers_are_computed_again_and_give_the_same_gradients(trainer):
+    plain, checkpointed = trainer(), trainer("train.checkpoint_layers=true")
+    calls = Counter()
+    for name, make in (("plain", plain), ("checkpointed", checkpointed)):
+        make.model.layers[0].register_forward_pre_hook(lambda *arguments, name=name: calls.update([name]))
+    assert_equal(gradients(plain), gradients(checkpointed))
+    assert calls == {"plain": 1, "checkpointed": 2}
 
 
 def test_ramp_changes_the_batches(trainer):

@@ -12,7 +12,7 @@ from fulmen.ops.cpu.library import load
 __all__ = ["FEW", "experts_mlp", "lightning_step", "linear", "rms_norm", "route", "serves"]
 
 FEW = 64
-"""Up to so many tokens (kernels.c has the same number) PyTorch's products, which want large matrices, are slower."""
+"""Up to so many tokens (decoding.c has the same number) PyTorch's products, which want large matrices, are slower."""
 
 PLAIN = (Tensor, Parameter)
 """No subclass, whose numbers may lie elsewhere."""
@@ -69,7 +69,8 @@ def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, weights: Te
     x, w13, w2, experts, weights = (t.contiguous() for t in (x, w13, w2, experts, weights))
     tokens, k = experts.shape
     num_experts, d, f = w2.shape
-    assert x.shape == (tokens, d) and w13.shape == (num_experts, 2 * f, d) and weights.shape == experts.shape
+    shapes = (x.shape, w13.shape, weights.shape)
+    assert shapes == ((tokens, d), (num_experts, 2 * f, d), (tokens, k)), shapes
     out, act = torch.empty(tokens, d), torch.empty(tokens * k, f)
     inputs = (x.data_ptr(), w13.data_ptr(), w2.data_ptr(), experts.data_ptr(), weights.data_ptr())
     threads = _threads(tokens * k * d * f)

@@ -24,9 +24,9 @@ def test_names_are_the_published_ones(config):
         "block_sparse_moe.gate.weight": (3, 24),
     }
     for expert in range(3):
-        layer[f"block_sparse_moe.experts.{expert}.w1.weight"] = (20, 24)
-        layer[f"block_sparse_moe.experts.{expert}.w2.weight"] = (24, 20)
-        layer[f"block_sparse_moe.experts.{expert}.w3.weight"] = (20, 24)
+        layer[f"block_sparse_moe.experts.{expert}.w1.weight"] = (40, 24)
+        layer[f"block_sparse_moe.experts.{expert}.w2.weight"] = (24, 40)
+        layer[f"block_sparse_moe.experts.{expert}.w3.weight"] = (40, 24)
     lightning = {"qkv_proj": (96, 24), "output_gate": (32, 24), "norm": (32,), "out_proj": (24, 32)}
     softmax = {"q_proj": (32, 24), "k_proj": (16, 24), "v_proj": (16, 24), "o_proj": (24, 32)}
     expected = {"model.embed_tokens.weight": (61, 24), "model.norm.weight": (24,), "lm_head.weight": (61, 24)}
@@ -50,8 +50,8 @@ def test_pieces_tile_every_parameter(config):
 def test_gate_is_over_up_in_the_stack(config):
     pieces = {piece.name: piece for piece in published_pieces(meta_model(config))}
     experts = "model.layers.0.block_sparse_moe.experts.2."
-    assert pieces[experts + "w1.weight"].index == (2, slice(0, 20))
-    assert pieces[experts + "w3.weight"].index == (2, slice(20, 40))
+    assert pieces[experts + "w1.weight"].index == (2, slice(0, 40))
+    assert pieces[experts + "w3.weight"].index == (2, slice(40, 80))
 
 
 def test_only_lightning_layers_have_ignored_buffers(config):

@@ -100,9 +100,9 @@ def test_stacked_names_of_transformers(model, single):
             lambda t: t.update({"model.layers.2.self_attn.slope_rate": torch.ones(4)}),
             r"model.layers.2.self_attn.slope_rate",
         ),
-        (lambda t: t.update({LAST: torch.ones(20, 24)}), rf"{LAST} should have the shape \[24, 20\], found \[20, 24\]"),
-        (lambda t: t.update({LAST: torch.ones(24, 20).to(torch.int8)}), rf"{LAST} is stored as I8"),
-        (lambda t: t.update({LAST: torch.ones(24, 20).to(torch.float8_e4m3fn)}), rf"{LAST} is stored as F8_E4M3"),
+        (lambda t: t.update({LAST: torch.ones(40, 24)}), rf"{LAST} should have the shape \[24, 40\], found \[40, 24\]"),
+        (lambda t: t.update({LAST: torch.ones(24, 40).to(torch.int8)}), rf"{LAST} is stored as I8"),
+        (lambda t: t.update({LAST: torch.ones(24, 40).to(torch.float8_e4m3fn)}), rf"{LAST} is stored as F8_E4M3"),
     ],
 )
 def test_wrong_tensors_are_named(single, change, message):

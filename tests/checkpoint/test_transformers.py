@@ -20,7 +20,7 @@ def theirs():
         config = MiniMaxConfig(
             vocab_size=61,
             hidden_size=24,
-            intermediate_size=20,
+            intermediate_size=40,
             num_hidden_layers=len(layer_types),
             num_attention_heads=4,
             num_key_value_heads=2,

@@ -32,6 +32,8 @@ ARGUMENTS = {
             "swiglu_backward": (c_void_p,) * 6 + (c_int64,) * 2 + (c_int,),
             "rms_norm_forward": (c_void_p,) * 4 + (c_int64,) * 2 + (c_float, c_int),
             "rms_norm_backward": (c_void_p,) * 6 + (c_int64,) * 2 + (c_int,),
+            "causal_softmax": (c_void_p,) + (c_int64,) * 2 + (c_float, c_int),
+            "causal_softmax_backward": (c_void_p,) * 2 + (c_int64,) * 2 + (c_float, c_int),
             "cross_entropy": (c_void_p,) * 3 + (c_int64,) * 3 + (c_int,),
         }.items()
     },

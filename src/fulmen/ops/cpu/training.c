@@ -130,6 +130,40 @@ void NAMED(rms_norm_backward)(NUMBER *restrict d_x, float *restrict d_w, const N
     }
 }
 
+/* Scores [heads, n, n] become probabilities in place: row i of a head is softmax(scale * scores) over columns 0..i. */
+void NAMED(causal_softmax)(NUMBER *restrict scores, i64 heads, i64 n, float scale, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 t = 0; t < heads * n; t++) {
+        NUMBER *row = scores + t * n;
+        i64 seen = t % n + 1;
+        float highest = -INFINITY, total = 0;
+#pragma omp simd reduction(max : highest)
+        for (i64 j = 0; j < seen; j++) highest = READ(row + j) > highest ? READ(row + j) : highest;
+#pragma omp simd reduction(+ : total)
+        for (i64 j = 0; j < seen; j++) total += fast_exp(scale * (READ(row + j) - highest));
+#pragma omp simd
+        for (i64 j = 0; j < seen; j++) WRITE(row + j, fast_exp(scale * (READ(row + j) - highest)) / total);
+        memset(row + seen, 0, (n - seen) * sizeof *row);
+    }
+}
+
+/* d_probs [heads, n, n] become d_scores in place: scale * probs * (d_probs - sum(probs * d_probs)). */
+void NAMED(causal_softmax_backward)(NUMBER *restrict d_probs, const NUMBER *probs, i64 heads, i64 n, float scale,
+                                    int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 t = 0; t < heads * n; t++) {
+        NUMBER *row = d_probs + t * n;
+        const NUMBER *p = probs + t * n;
+        i64 seen = t % n + 1;
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (i64 j = 0; j < seen; j++) dot += READ(row + j) * READ(p + j);
+#pragma omp simd
+        for (i64 j = 0; j < seen; j++) WRITE(row + j, scale * READ(p + j) * (READ(row + j) - dot));
+        memset(row + seen, 0, (n - seen) * sizeof *row);
+    }
+}
+
 /* nll [rows] = -log softmax(logits)[target]; the logits [rows, n] become softmax - onehot(target), their gradient.
 A row whose target is `ignore` has neither. */
 void NAMED(cross_entropy)(NUMBER *restrict logits, float *restrict nll, const i64 *targets, i64 rows, i64 n, i64 ignore,

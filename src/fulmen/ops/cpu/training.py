@@ -61,6 +61,18 @@ def rms_norm_backward(d_y: Tensor, x: Tensor, inverse: Tensor, weight: Tensor) -
     return d_x, d_weight.sum(dim=0)
 
 
+def causal_softmax_(scores: Tensor, scale: float) -> None:
+    """Scores [..., n, n] become the probabilities of causal attention, zero above the diagonal."""
+    n = scores.shape[-1]
+    _kernel("causal_softmax", scores)(scores.data_ptr(), scores.numel() // n**2, n, scale, torch.get_num_threads())
+
+
+def causal_softmax_backward_(d_probs: Tensor, probs: Tensor, scale: float) -> None:
+    """The gradients of `causal_softmax_`'s probabilities [..., n, n] become those of its scores."""
+    n, kernel = probs.shape[-1], _kernel("causal_softmax_backward", probs)
+    kernel(d_probs.data_ptr(), probs.data_ptr(), probs.numel() // n**2, n, scale, torch.get_num_threads())
+
+
 def cross_entropy_(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
     """-log softmax(logits)[target] per row, [T] fp32; the logits [T, V] become its gradient by them."""
     rows, n = logits.shape

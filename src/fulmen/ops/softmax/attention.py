@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fulmen.ops.packing import check_borders
+from fulmen.ops.softmax.short import is_short, short_samples_attention
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -34,6 +35,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
     if cu_seqlens is None:
         return _one_sequence(q, k, v)
     borders = check_borders(cu_seqlens, q.shape[0], q.shape[1])
+    if is_short(q, k, v, borders):
+        return short_samples_attention(q, k, v, borders)
     samples = [slice(a, b) for a, b in itertools.pairwise(borders)]
     return torch.cat([_one_sequence(q[:, s], k[:, s], v[:, s]) for s in samples], dim=1)
 

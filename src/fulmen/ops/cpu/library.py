@@ -47,7 +47,9 @@ def load() -> ctypes.CDLL | None:
     try:
         return _load_or_build()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        warnings.warn(f"decoding on the CPU runs without fulmen's C kernels, slower: {error}", stacklevel=2)
+        warnings.warn(
+            f"fulmen's C kernels for the CPU cannot be built, PyTorch's slower forms run instead: {error}", stacklevel=2
+        )
         return None
 
 

@@ -56,11 +56,11 @@ INLINE float sum(vec v) {
 
 INLINE float silu(float x) { return x / (1.0f + fast_exp(-x)); }
 
-/* out[c][r] = w[r] . x[c]; `cols` is a constant where this is called.
+/* out[c][r] = w[r] . x[c].
 
 The processor's own prefetch starts anew with every page of 4 KiB, so the rows to come are asked for here,
 into the second cache: the first has no room for them. */
-INLINE void tile(const float *const w[ROWS], const float *const x[COLS], int cols, i64 k, float out[][ROWS]) {
+INLINE void tile(const float *const w[ROWS], const float *const x[COLS], i64 k, float out[][ROWS]) {
     vec sums[COLS][ROWS] = {0};
     i64 i = 0;
     for (; i + LANES <= k; i += LANES) {
@@ -69,19 +69,31 @@ INLINE void tile(const float *const w[ROWS], const float *const x[COLS], int col
             rows[r] = load(w[r] + i);
             __builtin_prefetch(w[r] + i + AHEAD, 0, 2);
         }
-        for (int c = 0; c < cols; c++) {
+        for (int c = 0; c < COLS; c++) {
             vec column = load(x[c] + i);
             for (int r = 0; r < ROWS; r++) sums[c][r] += rows[r] * column;
         }
     }
 #pragma GCC unroll 4
-    for (int c = 0; c < cols; c++)
+    for (int c = 0; c < COLS; c++)
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) out[c][r] = sum(sums[c][r]);
     if (i == k) return;
-    for (int c = 0; c < cols; c++)
+    for (int c = 0; c < COLS; c++)
         for (int r = 0; r < ROWS; r++)
             for (i64 rest = i; rest < k; rest++) out[c][r] += w[r][rest] * x[c][rest];
+}
+
+/* out[r] = w[r] . x for a single token, summed in the order of `tile`, so that a token's numbers do not depend on its
+company. Row after row: here the weights are all that is read, and one stream is what the processor's prefetch likes. */
+INLINE void single(const float *const w[ROWS], const float *x, i64 k, float out[ROWS]) {
+    for (int r = 0; r < ROWS; r++) {
+        vec sums = {0};
+        i64 i = 0;
+        for (; i + LANES <= k; i += LANES) sums += load(w[r] + i) * load(x + i);
+        out[r] = sum(sums);
+        for (; i < k; i++) out[r] += w[r][i] * x[i];
+    }
 }
 
 /* out[c][r] = w[j + r] . x[c] for `count` <= FEW tokens. Past the last row or token the last one stands in, unused. */
@@ -91,9 +103,9 @@ static void products(const float *w, i64 n, i64 j, const float *const *x, i64 co
     i64 c = 0;
     for (; c + 1 < count; c += COLS) {
         for (int i = 0; i < COLS; i++) columns[i] = x[min(c + i, count - 1)];
-        tile(rows, columns, COLS, k, out + c);
+        tile(rows, columns, k, out + c);
     }
-    if (c < count) tile(rows, x + c, 1, k, out + c);
+    if (c < count) single(rows, x[c], k, out[c]);
 }
 
 /* y [rows, n] = x [rows, k] w^T, w [n, k], rows <= FEW. */

@@ -20,7 +20,7 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch, available, name):
     assert choose_device("auto").type == name
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cpu:x", pytest.param("cuda", marks=without_cuda)])
+@pytest.mark.parametrize("name", ["gpu", "", "cpu:x", "meta", pytest.param("cuda", marks=without_cuda)])
 def test_a_device_that_cannot_be_used_is_one_line(name):
     with pytest.raises(UserError, match=f"^device '{name}' cannot be used here: .+$") as caught:
         choose_device(name)

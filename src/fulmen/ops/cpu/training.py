@@ -9,15 +9,17 @@ SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def fuses(*tensors: Tensor) -> bool:
-    """Whether the kernels may compute this: contiguous fp32 or bf16 tensors on the CPU, and nobody compiles.
+    """Whether the kernels may compute with these tensors as they lie: `supports`, and contiguous."""
+    return all(tensor.is_contiguous() for tensor in tensors) and supports(*tensors)
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether there are kernels for such tensors: fp32 or bf16 on the CPU, and nobody compiles.
 
     The first call builds the library (a second or two).
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(not t.is_cpu or t.dtype not in SUFFIX for t in tensors):
         return False
-    for tensor in tensors:
-        if not tensor.is_cpu or tensor.dtype not in SUFFIX or not tensor.is_contiguous():
-            return False
     return load() is not None
 
 

@@ -22,7 +22,7 @@ def is_short(q: Tensor, k: Tensor, v: Tensor, borders: list[int]) -> bool:
         torch.is_grad_enabled() and q.dtype == k.dtype == v.dtype and q.shape[2] * longest**2 <= MOST_PROBABILITIES
     ):
         return False
-    return training.fuses(*(x.detach()[:0].contiguous() for x in (q, k, v)))
+    return training.supports(q, k, v)
 
 
 def short_samples_attention(q: Tensor, k: Tensor, v: Tensor, borders: list[int]) -> Tensor:

@@ -37,15 +37,3 @@ def relative_error():
 def compare():
     """compare(actual, expected, tolerance) holds dicts of tensors against each other."""
     return _compare
-
-
-@pytest.fixture
-def poisoned_memory():
-    """Every tensor that is allocated without being filled is full of nan, so that an element left unwritten shows."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill

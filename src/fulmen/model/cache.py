@@ -1,6 +1,5 @@
 """What a sequence leaves behind for its next tokens: a state per lightning layer, keys and values per softmax layer."""
 
-import torch
 from torch import Tensor
 
 from fulmen.model.config import LIGHTNING, ModelConfig
@@ -23,10 +22,20 @@ class KeyValues:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add k, v [B, T, H_kv, D]; gives back those of all tokens."""
-        start, self.length = self.length, self.length + k.shape[1]
-        self.keys = _written(self.keys, k, start)
-        self.values = _written(self.values, v, start)
-        return self.keys[:, : self.length], self.values[:, : self.length]
+        end = self.length + k.shape[1]
+        if self.keys is None:
+            self.keys, self.values = k[:, :0], v[:, :0]
+        self.reserve(end)
+        self.keys[:, self.length : end] = k
+        self.values[:, self.length : end] = v
+        self.length = end
+        return self.keys[:, :end], self.values[:, :end]
+
+    def reserve(self, length: int) -> None:
+        """Make sure that the buffers, once there are any, have room for `length` tokens."""
+        if self.keys.shape[1] < length:
+            room = max(64, 2 * length)
+            self.keys, self.values = (_moved(old, self.length, room) for old in (self.keys, self.values))
 
 
 class Cache:
@@ -38,13 +47,8 @@ class Cache:
         self.layers = [LightningState() if kind == LIGHTNING else KeyValues() for kind in config.layers]
 
 
-def _written(buffer: Tensor | None, new: Tensor, start: int) -> Tensor:
-    """The buffer [B, room, ...] with `new` [B, T, ...] written at `start`, moved to a larger one where it has to be."""
-    end = start + new.shape[1]
-    if buffer is None or buffer.shape[1] < end:
-        grown = torch.empty(new.shape[0], max(64, 2 * end), *new.shape[2:], dtype=new.dtype, device=new.device)
-        if buffer is not None:
-            grown[:, :start] = buffer[:, :start]
-        buffer = grown
-    buffer[:, start:end] = new
-    return buffer
+def _moved(buffer: Tensor, length: int, room: int) -> Tensor:
+    """Its first `length` tokens [B, length, ...] in a new buffer [B, room, ...]."""
+    larger = buffer.new_empty(buffer.shape[0], room, *buffer.shape[2:])
+    larger[:, :length] = buffer[:, :length]
+    return larger

@@ -1,6 +1,5 @@
-"""The language model: embedding, post-norm layers with the normed residual, norm, head.
+"""The language model: embedding, layers (`layer.py`), norm, head.
 
-A layer, for input x:  n1 = norm(x);  h = alpha n1 + beta mixer(n1);  n2 = norm(h);  y = alpha n2 + beta experts(n2).
 Module names are those of the published checkpoints, but for the stacked experts.
 """
 
@@ -11,13 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fulmen.config import UserError
-from fulmen.model.cache import Cache, KeyValues, LightningState
-from fulmen.model.config import LIGHTNING, ModelConfig
+from fulmen.model.cache import Cache
+from fulmen.model.config import ModelConfig
+from fulmen.model.layer import DecoderLayer
 from fulmen.model.lightning import LightningAttention
 from fulmen.model.linear import Linear
 from fulmen.model.moe import MixtureOfExperts
 from fulmen.model.norm import RMSNorm
 from fulmen.model.softmax import SoftmaxAttention
+from fulmen.model.step import decode_step
 from fulmen.ops.experts import Routing, balance_loss
 from fulmen.ops.linear import linear_f32
 from fulmen.ops.loss import IGNORE, linear_cross_entropy
@@ -32,40 +33,6 @@ class TrainingLoss(NamedTuple):
     targets: Tensor  # number of targets, int64 scalar
     balance: Tensor  # balance loss, mean over layers; 1 is perfect balance
     routing: list[Routing]  # of each layer
-
-
-class DecoderLayer(nn.Module):
-    """One lightning or softmax attention and one mixture of experts."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.is_lightning = config.layers[layer] == LIGHTNING
-        self.self_attn = LightningAttention(config, layer) if self.is_lightning else SoftmaxAttention(config)
-        self.block_sparse_moe = MixtureOfExperts(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer_alpha = config.lightning_alpha if self.is_lightning else config.softmax_alpha
-        self.mixer_beta = config.lightning_beta if self.is_lightning else config.softmax_beta
-        self.mlp_alpha, self.mlp_beta = config.mlp_alpha, config.mlp_beta
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        cache: LightningState | KeyValues | None = None,
-        cu_seqlens: Tensor | None = None,
-        capacity_factor: float | None = None,
-    ) -> tuple[Tensor, Routing]:
-        normed = self.input_layernorm(x)
-        position = () if self.is_lightning else (rotary,)
-        mixed = self.self_attn(normed, *position, cache=cache, cu_seqlens=cu_seqlens)
-        normed = self.post_attention_layernorm(_residual(normed, self.mixer_alpha, mixed, self.mixer_beta))
-        answer, routing = self.block_sparse_moe(normed, capacity_factor)
-        return _residual(normed, self.mlp_alpha, answer, self.mlp_beta), routing
-
-
-def _residual(normed: Tensor, alpha: float, branch: Tensor, beta: float) -> Tensor:
-    return torch.add(branch if beta == 1 else beta * branch, normed, alpha=alpha)
 
 
 class LanguageModel(nn.Module):
@@ -126,11 +93,13 @@ class LanguageModel(nn.Module):
 
         `capacity_factor` turns token-drop on; `checkpoint_layers` keeps only each layer's input for the backward pass.
         """
-        rotary = rotary_tables(
-            self._positions(tokens, cache, cu_seqlens), self.config.rotary_dim, self.config.rope_theta
-        )
-        caches = [None] * len(self.layers) if cache is None else cache.layers
+        self._check(tokens, cache, cu_seqlens)
         x, routings = self.embed_tokens(tokens), []
+        if cache is not None and (decoded := decode_step(self, x, cache)):
+            return decoded
+        positions = _positions(tokens, 0 if cache is None else cache.length, cu_seqlens)
+        rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
+        caches = [None] * len(self.layers) if cache is None else cache.layers
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             arguments = (x, rotary, layer_cache, cu_seqlens, capacity_factor)
             x, routing = checkpoint(layer, *arguments, use_reentrant=False) if checkpoint_layers else layer(*arguments)
@@ -160,20 +129,24 @@ class LanguageModel(nn.Module):
         balance = torch.stack([balance_loss(r) for r in routing]).mean()
         return TrainingLoss(nll, (targets != IGNORE).sum(), balance, routing)
 
-    def _positions(self, tokens: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
-        """[1, T] int64: each token's place in its sample."""
-        start = 0 if cache is None else cache.length
-        if cache is not None and cache.batch_size != tokens.shape[0]:
-            raise UserError(f"the cache is for {cache.batch_size} sequences, got tokens {tuple(tokens.shape)}")
-        places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        longest = start + tokens.shape[1]
-        if cu_seqlens is not None:
-            if cache is not None:
+    def _check(self, tokens: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> None:
+        longest = tokens.shape[1]
+        if cache is not None:
+            longest += cache.length
+            if cu_seqlens is not None:
                 raise UserError("packed samples (cu_seqlens) cannot continue a cache")
+            if cache.batch_size != tokens.shape[0]:
+                raise UserError(f"the cache is for {cache.batch_size} sequences, got tokens {tuple(tokens.shape)}")
+        if cu_seqlens is not None:
             check_borders(cu_seqlens, *tokens.shape)
-            lengths = cu_seqlens.diff()
-            places = places - cu_seqlens[:-1].repeat_interleave(lengths)
-            longest = int(lengths.max())
+            longest = int(cu_seqlens.diff().max())
         if longest > self.config.max_positions:
             raise UserError(f"{longest} positions exceed the model's max_positions {self.config.max_positions}")
-        return places[None]
+
+
+def _positions(tokens: Tensor, start: int, cu_seqlens: Tensor | None) -> Tensor:
+    """[1, T] int64: each token's place in its sample."""
+    places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+    if cu_seqlens is not None:
+        places = places - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    return places[None]

@@ -19,6 +19,9 @@ def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
     """The same in fp32, whatever the dtypes, and under autocast too: for what must not be rounded to bf16."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return linear(x.float(), weight.float())
+        x, size = x.float(), weight.shape[-1]
+        if x.shape[-1] == size and cpu.serves(x.numel() // size, x, weight, dtypes=cpu.KINDS):
+            return cpu.linear(x, weight)  # where weights are bf16, without a copy of them in fp32
+        return F.linear(x, weight.float())
     with torch.autocast(device, enabled=False):
         return F.linear(x.float(), weight.float())

@@ -6,9 +6,14 @@ from torch import Tensor
 
 def rotary_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each [..., rotary_dim / 2] fp32, of angles position * base^(-2i / rotary_dim); positions [...]."""
-    index = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions[..., None].float() * base ** (-index / rotary_dim)
+    angles = positions[..., None].float() * rotary_frequencies(rotary_dim, base, positions.device)
     return angles.cos(), angles.sin()
+
+
+def rotary_frequencies(rotary_dim: int, base: float, device: torch.device) -> Tensor:
+    """base^(-2i / rotary_dim) for i < rotary_dim / 2, fp32: the angle that a position adds."""
+    index = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
+    return base ** (-index / rotary_dim)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

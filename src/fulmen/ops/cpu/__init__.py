@@ -3,16 +3,21 @@
 The operations of `fulmen.ops` come here by themselves where `serves` says so; nothing else need call these functions.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fulmen.ops.cpu.library import load
+from fulmen.ops.cpu.library import load, new_empty
 
-__all__ = ["FEW", "experts_mlp", "lightning_step", "linear", "rms_norm", "route", "serves"]
+__all__ = ["FEW", "KINDS", "experts_mlp", "lightning_step", "linear", "rms_norm", "route", "serves"]
 
 FEW = 64
 """Up to so many tokens (decoding.c has the same number) PyTorch's products, which want large matrices, are slower."""
+
+KINDS = (torch.float32, torch.bfloat16)
+"""What weights may be; a kernel that takes bf16 weights computes in fp32 all the same."""
 
 PLAIN = (Tensor, Parameter)
 """No subclass, whose numbers may lie elsewhere."""
@@ -21,26 +26,27 @@ WORTH_A_THREAD = 16_384
 """Multiplications below which a second thread costs more than it saves."""
 
 
-def serves(tokens: int, *tensors: Tensor) -> bool:
-    """Whether the kernels may compute this: few tokens, plain fp32 tensors on the CPU, nobody records or converts.
+def serves(tokens: int, *tensors: Tensor, dtypes: Collection[torch.dtype] = (torch.float32,)) -> bool:
+    """Whether the kernels may compute this: few tokens, plain tensors on the CPU, nobody records or converts.
 
     The first call without gradients builds the library (a second or two).
     """
     if torch.is_grad_enabled() or not 0 < tokens <= FEW:
         return False
     for tensor in tensors:
-        if not tensor.is_cpu or tensor.dtype is not torch.float32 or type(tensor) not in PLAIN:
+        if not tensor.is_cpu or tensor.dtype not in dtypes or type(tensor) not in PLAIN:
             return False
     return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() and load() is not None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., K] times weight [N, K] transposed: [..., N]."""
+    """x [..., K] fp32 times weight [N, K], fp32 or bf16, transposed: [..., N] fp32."""
     n, k = weight.shape
     x, weight = x.contiguous(), weight.contiguous()
     rows = x.numel() // k
-    y = torch.empty(*x.shape[:-1], n)
-    load().linear(y.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, n, k, _threads(rows * n * k))
+    y = new_empty(*x.shape[:-1], n)
+    kernel = load().linear_bf16 if weight.dtype == torch.bfloat16 else load().linear_fp32
+    kernel(y.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, n, k, _threads(rows * n * k))
     return y
 
 
@@ -57,8 +63,8 @@ def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Experts, weights, probabilities and counts of `fulmen.ops.experts.Routing` for logits [T, E]."""
     logits = logits.contiguous()
     tokens, num_experts = logits.shape
-    experts, counts = torch.empty(tokens, k, dtype=torch.int64), torch.empty(num_experts, dtype=torch.int64)
-    weights, probs = torch.empty(tokens, k), torch.empty(tokens, num_experts)
+    experts, counts = new_empty(tokens, k, dtype=torch.int64), new_empty(num_experts, dtype=torch.int64)
+    weights, probs = new_empty(tokens, k), new_empty(tokens, num_experts)
     outputs = (experts.data_ptr(), weights.data_ptr(), probs.data_ptr(), counts.data_ptr())
     load().route(*outputs, logits.data_ptr(), tokens, num_experts, k)
     return experts, weights, probs, counts
@@ -71,7 +77,7 @@ def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, weights: Te
     num_experts, d, f = w2.shape
     shapes = (x.shape, w13.shape, weights.shape)
     assert shapes == ((tokens, d), (num_experts, 2 * f, d), (tokens, k)), shapes
-    out, act = torch.empty(tokens, d), torch.empty(tokens * k, f)
+    out, act = new_empty(tokens, d), new_empty(tokens * k, f)
     inputs = (x.data_ptr(), w13.data_ptr(), w2.data_ptr(), experts.data_ptr(), weights.data_ptr())
     threads = _threads(tokens * k * d * f)
     load().experts_mlp(out.data_ptr(), act.data_ptr(), *inputs, tokens, k, num_experts, d, f, threads)
@@ -86,7 +92,7 @@ def lightning_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor
         return _packed_step(q, k, v, rates, state)
     rates = rates.contiguous()
     state = None if state is None else state.contiguous()
-    out, following = torch.empty(batch, 1, heads, value_dim), torch.empty(batch, heads, key_dim, value_dim)
+    out, following = new_empty(batch, 1, heads, value_dim), new_empty(batch, heads, key_dim, value_dim)
     inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), rates.data_ptr(), None if state is None else state.data_ptr())
     shape = (batch, heads, key_dim, value_dim, strides[0], strides[2])
     load().lightning_step(out.data_ptr(), following.data_ptr(), *inputs, *shape, _threads(following.numel()))

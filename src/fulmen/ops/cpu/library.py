@@ -11,23 +11,28 @@ import warnings
 from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 FOLDER = Path(__file__).parent
-SOURCES = ("decoding.c", "training.c")
+SOURCES = ("decoding.c", "step.c", "training.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 # PyTorch's OpenMP is in the process already and a second one would fight it for the cores: -fopenmp is for compiling
 # alone, and what it leaves undefined is found in PyTorch's when the library is loaded. Not all compilers take it.
 VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 ARGUMENTS = {
-    "linear": (c_void_p,) * 3 + (c_int64,) * 3 + (c_int,),
+    **{f"linear_{number}": (c_void_p,) * 3 + (c_int64,) * 3 + (c_int,) for number in ("fp32", "bf16")},
     "rms_norm": (c_void_p,) * 3 + (c_int64,) * 2 + (c_float,),
     "route": (c_void_p,) * 5 + (c_int64,) * 3,
     "experts_mlp": (c_void_p,) * 7 + (c_int64,) * 5 + (c_int,),
     "lightning_step": (c_void_p,) * 7 + (c_int64,) * 6 + (c_int,),
+    "step_scratch": (c_void_p, c_int64),
     **{
         f"{name}_{number}": arguments
         for number in ("fp32", "bf16")
         for name, arguments in {
+            "step": (c_void_p,) * 4 + (c_int64, c_void_p, c_float, c_void_p, c_int64, c_void_p),
             "swiglu": (c_void_p,) * 2 + (c_int64,) * 2 + (c_int,),
             "swiglu_backward": (c_void_p,) * 6 + (c_int64,) * 2 + (c_int,),
             "rms_norm_forward": (c_void_p,) * 4 + (c_int64,) * 2 + (c_float, c_int),
@@ -38,7 +43,13 @@ ARGUMENTS = {
         }.items()
     },
 }
+RESULTS = {"step_scratch": c_int64}
 DIGEST = hashlib.sha256().digest_size
+
+
+def new_empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor that a kernel may write to, whatever PyTorch's default device and dtype are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 @functools.cache
@@ -119,5 +130,5 @@ def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
     for name, arguments in ARGUMENTS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, RESULTS.get(name)
     return library

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fulmen.ops.cpu.library import load
+from fulmen.ops.cpu.library import load, new_empty
 
 SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -38,7 +38,7 @@ def swiglu_backward(d_act: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Te
     """
     rows, f = d_act.shape
     d_gate_up, weighted_act = torch.empty_like(gate_up), torch.empty_like(d_act)
-    d_weights = torch.empty(rows)
+    d_weights = new_empty(rows)
     outputs = (d_gate_up.data_ptr(), weighted_act.data_ptr(), d_weights.data_ptr())
     inputs = (d_act.data_ptr(), gate_up.data_ptr(), weights.data_ptr())
     _kernel("swiglu_backward", gate_up)(*outputs, *inputs, rows, f, torch.get_num_threads())
@@ -48,7 +48,7 @@ def swiglu_backward(d_act: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Te
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normed x [..., D] and 1 / rms [..., 1] fp32; weight [D] fp32."""
     size = len(weight)
-    y, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+    y, inverse = torch.empty_like(x), new_empty(*x.shape[:-1], 1)
     pointers = (y.data_ptr(), inverse.data_ptr(), x.data_ptr(), weight.data_ptr())
     _kernel("rms_norm_forward", x)(*pointers, x.numel() // size, size, eps, torch.get_num_threads())
     return y, inverse
@@ -57,7 +57,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 def rms_norm_backward(d_y: Tensor, x: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """d_x, like x, and d_weight [D] fp32."""
     size, threads = len(weight), torch.get_num_threads()
-    d_x, d_weight = torch.empty_like(x), torch.empty(threads, size)
+    d_x, d_weight = torch.empty_like(x), new_empty(threads, size)
     pointers = (t.data_ptr() for t in (d_x, d_weight, d_y, x, inverse, weight))
     _kernel("rms_norm_backward", x)(*pointers, x.numel() // size, size, threads)
     return d_x, d_weight.sum(dim=0)
@@ -78,7 +78,7 @@ def causal_softmax_backward_(d_probs: Tensor, probs: Tensor, scale: float) -> No
 def cross_entropy_(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
     """-log softmax(logits)[target] per row, [T] fp32; the logits [T, V] become its gradient by them."""
     rows, n = logits.shape
-    nll = torch.empty(rows)
+    nll = new_empty(rows)
     pointers = (logits.data_ptr(), nll.data_ptr(), targets.data_ptr())
     _kernel("cross_entropy", logits)(*pointers, rows, n, ignore, torch.get_num_threads())
     return nll

@@ -1,0 +1,49 @@
+"""One layer: an attention and a mixture of experts, each with the normed residual.
+
+For input x:  n1 = norm(x);  h = alpha n1 + beta mixer(n1);  n2 = norm(h);  y = alpha n2 + beta experts(n2).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fulmen.model.cache import KeyValues, LightningState
+from fulmen.model.config import LIGHTNING, ModelConfig
+from fulmen.model.lightning import LightningAttention
+from fulmen.model.moe import MixtureOfExperts
+from fulmen.model.norm import RMSNorm
+from fulmen.model.softmax import SoftmaxAttention
+from fulmen.ops.experts import Routing
+
+
+class DecoderLayer(nn.Module):
+    """One lightning or softmax attention and one mixture of experts."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.is_lightning = config.layers[layer] == LIGHTNING
+        self.self_attn = LightningAttention(config, layer) if self.is_lightning else SoftmaxAttention(config)
+        self.block_sparse_moe = MixtureOfExperts(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer_alpha = config.lightning_alpha if self.is_lightning else config.softmax_alpha
+        self.mixer_beta = config.lightning_beta if self.is_lightning else config.softmax_beta
+        self.mlp_alpha, self.mlp_beta = config.mlp_alpha, config.mlp_beta
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: LightningState | KeyValues | None = None,
+        cu_seqlens: Tensor | None = None,
+        capacity_factor: float | None = None,
+    ) -> tuple[Tensor, Routing]:
+        normed = self.input_layernorm(x)
+        position = () if self.is_lightning else (rotary,)
+        mixed = self.self_attn(normed, *position, cache=cache, cu_seqlens=cu_seqlens)
+        normed = self.post_attention_layernorm(_residual(normed, self.mixer_alpha, mixed, self.mixer_beta))
+        answer, routing = self.block_sparse_moe(normed, capacity_factor)
+        return _residual(normed, self.mlp_alpha, answer, self.mlp_beta), routing
+
+
+def _residual(normed: Tensor, alpha: float, branch: Tensor, beta: float) -> Tensor:
+    return torch.add(branch if beta == 1 else beta * branch, normed, alpha=alpha)

@@ -1,0 +1,173 @@
+"""The next token of each sequence, on a CPU, in one call of `fulmen.ops.cpu.step` for all layers.
+
+The modules are the definition; this computes the same and passes them over. So it steps back (None) where somebody
+could tell: gradients are wanted, a module has been replaced by another kind, is listened to by a hook or wrapped.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fulmen.model.cache import Cache, KeyValues, LightningState
+from fulmen.model.config import ModelConfig
+from fulmen.model.layer import DecoderLayer
+from fulmen.model.lightning import LightningAttention
+from fulmen.model.linear import Linear
+from fulmen.model.moe import Experts, MixtureOfExperts
+from fulmen.model.norm import RMSNorm
+from fulmen.model.softmax import SoftmaxAttention
+from fulmen.ops import cpu
+from fulmen.ops.cpu.step import KERNELS, LayerMemory, Step, StepLayer, StepShape
+from fulmen.ops.experts import Routing
+from fulmen.ops.rotary import rotary_frequencies
+
+if TYPE_CHECKING:
+    from fulmen.model.decoder import LanguageModel
+
+PASSED_OVER = {DecoderLayer, LightningAttention, SoftmaxAttention, MixtureOfExperts, Experts, Linear, RMSNorm}
+"""Kinds of modules whose `forward` is known here."""
+
+
+def decode_step(model: "LanguageModel", x: Tensor, cache: Cache) -> tuple[Tensor, list[Routing]] | None:
+    """`LanguageModel.hidden` for embedded tokens x [B, 1, hidden] on a cache that has begun; advances the cache."""
+    if torch.is_grad_enabled() or x.shape[1] != 1 or not cache.length or not cpu.serves(len(x), x, dtypes=KERNELS):
+        return None
+    plan = _PLANS.get(model)
+    if plan is None or not plan.is_valid():
+        plan = _PLANS[model] = _Plan(model)
+    if plan.step is None or x.dtype != plan.step.dtype:
+        return None
+    memories = [_memory(layer, x) for layer in cache.layers]
+    if None in memories:
+        return None
+    y, states, routings = plan.step(x, memories, cache.length)
+    for index, state in zip(plan.step.lightning, states, strict=True):
+        cache.layers[index].state = state
+    for layer in cache.layers:
+        if type(layer) is KeyValues:
+            layer.length += 1
+    cache.length += 1
+    return y, [Routing(*routing, kept=None) for routing in routings]
+
+
+def _memory(layer: LightningState | KeyValues, x: Tensor) -> LayerMemory | None:
+    """Where one layer's cache lies, with room for a token; None if it is not as the kernel takes it."""
+    if type(layer) is not KeyValues:
+        state = layer.state
+        fits = state is not None and state.is_cpu and state.dtype == torch.float32 and state.is_contiguous()
+        return LayerMemory(state, None, None) if fits else None
+    if layer.keys is None or not layer.keys.is_cpu or layer.keys.dtype != x.dtype:
+        return None
+    layer.reserve(layer.length + 1)
+    return LayerMemory(None, layer.keys, layer.values)
+
+
+class _Plan:
+    """A model's `Step`, None if there can be none, and what must still be so for it to be the model's."""
+
+    def __init__(self, model: "LanguageModel"):
+        modules = [m for layer in model.layers for m in layer.modules()] + [model.norm]
+        self._held = list(_items(model, modules))
+        self._layers = model.layers._modules
+        self._count = len(self._layers)
+        self._wrapped = [places for m in modules for places in (m._forward_hooks, m._forward_pre_hooks)]
+        self._variables = [vars(m) for m in modules]
+        self._tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+        self._places = [(t.data_ptr(), t.dtype) for t in self._tensors]
+        self.step = None
+        if all(map(_is_known, modules)) and _are_plain(self._tensors) and self._is_untouched():
+            self.step = _new_step(model)
+
+    def is_valid(self) -> bool:
+        """Whether modules, weights and constants are those that it was made from."""
+        return (
+            len(self._layers) == self._count
+            and all(place.get(name) is item for place, name, item in self._held)
+            and [(t.data_ptr(), t.dtype) for t in self._tensors] == self._places
+            and (self.step is None or self._is_untouched())
+        )
+
+    def _is_untouched(self) -> bool:
+        return not any(self._wrapped) and not any("forward" in variables for variables in self._variables)
+
+
+_PLANS: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
+
+
+def _items(model: nn.Module, modules: list[nn.Module]) -> Iterator[tuple[dict, str, object]]:
+    """Every submodule, tensor and number, and the dictionary that it stands in."""
+    for owner in (model, model.layers, *modules):
+        for place in (owner._modules, owner._parameters, owner._buffers):
+            yield from ((place, name, item) for name, item in place.items())
+        yield from ((vars(owner), name, item) for name, item in vars(owner).items() if type(item) in (int, float))
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module) in PASSED_OVER
+
+
+def _are_plain(tensors: list[Tensor]) -> bool:
+    dtypes = {t.dtype for t in tensors if isinstance(t, nn.Parameter)}
+    rates = [t for t in tensors if not isinstance(t, nn.Parameter)]
+    return (
+        len(dtypes) == 1
+        and cpu.serves(1, *tensors, dtypes=KERNELS)
+        and cpu.serves(1, *rates)
+        and all(t.is_contiguous() for t in tensors)
+    )
+
+
+def _new_step(model: "LanguageModel") -> Step | None:
+    """None where a tensor has another shape than the configuration says: the modules will complain of it."""
+    c = model.config
+    layers = [_step_layer(layer) for layer in model.layers]
+    for layer in layers:
+        if {name: tuple(t.shape) for name, t in layer.tensors.items()} != _shapes(c, "rates" in layer.tensors):
+            return None
+    frequencies = rotary_frequencies(c.rotary_dim, c.rope_theta, torch.device("cpu"))
+    shape = StepShape(
+        hidden=c.hidden_size,
+        heads=c.num_heads,
+        kv_heads=c.num_kv_heads,
+        dim=c.head_dim,
+        rotary=c.rotary_dim,
+        num_experts=c.num_experts,
+        k=c.experts_per_token,
+        expert_size=c.expert_size,
+    )
+    return Step(layers, model.norm.weight, model.norm.eps, frequencies, shape)
+
+
+def _step_layer(layer: DecoderLayer) -> StepLayer:
+    attention, moe = layer.self_attn, layer.block_sparse_moe
+    tensors = {
+        "w_before": layer.input_layernorm.weight,
+        "w_after": layer.post_attention_layernorm.weight,
+        "w_router": moe.gate.weight,
+        "w13": moe.experts.w13,
+        "w2": moe.experts.w2,
+    }
+    constants = {name: getattr(layer, name) for name in ("mixer_alpha", "mixer_beta", "mlp_alpha", "mlp_beta")}
+    constants |= {"eps_before": layer.input_layernorm.eps, "eps_after": layer.post_attention_layernorm.eps}
+    if layer.is_lightning:
+        tensors |= {"w_q": attention.qkv_proj.weight, "w_gate": attention.output_gate.weight}
+        tensors |= {"w_norm": attention.norm.weight, "w_out": attention.out_proj.weight, "rates": attention.rates}
+        constants["eps_norm"] = attention.norm.eps
+    else:
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        tensors |= {name: p.weight for name, p in zip(("w_q", "w_k", "w_v", "w_out"), projections, strict=True)}
+    return StepLayer(tensors, constants)
+
+
+def _shapes(config: ModelConfig, is_lightning: bool) -> dict[str, tuple[int, ...]]:
+    hidden, inner, experts, f = config.hidden_size, config.attention_size, config.num_experts, config.expert_size
+    shapes = {"w_before": (hidden,), "w_after": (hidden,), "w_router": (experts, hidden), "w_out": (hidden, inner)}
+    shapes |= {"w13": (experts, 2 * f, hidden), "w2": (experts, hidden, f)}
+    if is_lightning:
+        shapes |= {"w_q": (3 * inner, hidden), "w_gate": (inner, hidden), "w_norm": (inner,)}
+        return shapes | {"rates": (config.num_heads,)}
+    kv = (config.num_kv_heads * config.head_dim, hidden)
+    return shapes | {"w_q": (inner, hidden), "w_k": kv, "w_v": kv}

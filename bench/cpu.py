@@ -3,7 +3,8 @@
     python bench/cpu.py                 all tables; results in bench/results/cpu.json
     python bench/cpu.py --only decode   one of train, decode, memory
 
-Steps of both alternate, so that a machine whose speed drifts slows both; ratios are of pairs, medians of all.
+Steps of both alternate, and with the matrix product that shares are of, so that a machine whose speed drifts slows
+all of them; ratios are of one turn, and the median of all turns is printed.
 Nothing is timed before the logits of both agree.
 """
 
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,10 +28,13 @@ from transformers.utils import logging
 from fulmen.checkpoint import save_model
 from fulmen.model import LanguageModel, ModelConfig
 from fulmen.ops.lightning import decay_rates, lightning_attention
+from fulmen.train.memory import keep_freed_memory
 from machine import describe_machine, write_results
 
 BATCH, LENGTH = 8, 512
 PROMPT, STEPS = 64, 64
+MATRIX = 2048
+MATRIX_FLOP = 2 * MATRIX**3
 CONSOLE = Console()
 
 
@@ -55,6 +59,7 @@ def main() -> None:
 
 def bench_train(repeats: int) -> dict:
     """One optimizer step on 8 x 512 tokens, in fp32 and under bf16 autocast."""
+    keep_freed_memory()  # as `fulmen train` does; it is the process', so transformers has it too
     config = ModelConfig.preset("tiny")
     flops = training_flops(config)
     table = Table("dtype", "ours tokens/s", "theirs", "ratio", "matrix GFLOP/s", "share of it")
@@ -63,15 +68,18 @@ def bench_train(repeats: int) -> dict:
         ours, theirs = equal_models(config)
         tokens = torch.randint(0, config.vocab_size, (BATCH, LENGTH + 1))
         our_step, their_step = our_training_step(ours, tokens, dtype), their_training_step(theirs, tokens, dtype)
-        pairs = time_pairs(our_step, their_step, repeats, f"train {dtype}")
-        our_rate, their_rate = (BATCH * LENGTH / statistics.median(times) for times in zip(*pairs, strict=True))
-        matrix = matrix_rate(dtype)
+        turns = time_turns((our_step, their_step, matrix_product(dtype)), repeats, f"train {dtype}")
+        our_rate, their_rate = (
+            BATCH * LENGTH / statistics.median(times) for times in list(zip(*turns, strict=True))[:2]
+        )
         row = {
             "ours_tokens_per_second": our_rate,
             "transformers_tokens_per_second": their_rate,
-            "ratio": pair_ratio(pairs),
-            "matrix_gflops": matrix / 1e9,
-            "share_of_matrix_rate": our_rate * flops / matrix,
+            "ratio": statistics.median(theirs / ours for ours, theirs, _ in turns),
+            "matrix_gflops": statistics.median(MATRIX_FLOP / seconds for _, _, seconds in turns) / 1e9,
+            "share_of_matrix_rate": statistics.median(
+                (BATCH * LENGTH * flops / ours) / (MATRIX_FLOP / seconds) for ours, _, seconds in turns
+            ),
         }
         results[str(dtype)] = row
         table.add_row(
@@ -79,7 +87,7 @@ def bench_train(repeats: int) -> dict:
             f"{our_rate:.0f}",
             f"{their_rate:.0f}",
             f"{row['ratio']:.2f}",
-            f"{matrix / 1e9:.0f}",
+            f"{row['matrix_gflops']:.0f}",
             f"{row['share_of_matrix_rate']:.0%}",
         )
     table.title = f"training, {BATCH} x {LENGTH} tokens a step, {flops / 1e6:.1f} MFLOP a token"
@@ -96,14 +104,13 @@ def bench_decode(repeats: int) -> dict:
         ours, theirs = (model.to(dtype).eval() for model in equal_models(config))
         for batch in (1, 16):
             prompt = torch.randint(0, config.vocab_size, (batch, PROMPT))
-            pairs = time_pairs(
-                our_decoding(ours, prompt), their_decoding(theirs, prompt), max(3, repeats // 3), f"decode B={batch}"
-            )
+            both = (our_decoding(ours, prompt), their_decoding(theirs, prompt))
+            pairs = time_turns(both, max(3, repeats // 3), f"decode B={batch}")
             our_step, their_step = (statistics.median(times) / STEPS for times in zip(*pairs, strict=True))
             row = {
                 "ours_tokens_per_second": batch / our_step,
                 "transformers_tokens_per_second": batch / their_step,
-                "ratio": pair_ratio(pairs),
+                "ratio": statistics.median(theirs / ours for ours, theirs in pairs),
             }
             results[f"{dtype} B={batch}"] = row
             table.add_row(
@@ -213,14 +220,14 @@ def their_decoding(model: MiniMaxForCausalLM, prompt: torch.Tensor) -> Callable[
     return run
 
 
-def time_pairs(first: Callable, second: Callable, repeats: int, what: str) -> list[tuple[float, float]]:
-    """Seconds of both, in turn; a callable that returns seconds measures itself. Two turns warm up."""
-    pairs = []
+def time_turns(calls: Sequence[Callable], repeats: int, what: str) -> list[tuple[float, ...]]:
+    """Seconds of each call, in turn; a callable that returns seconds measures itself. Two turns warm up."""
+    turns = []
     for turn in track(range(repeats + 2), what, transient=True, console=CONSOLE):
-        pair = tuple(_seconds(call) for call in (first, second))
+        seconds = tuple(_seconds(call) for call in calls)
         if turn >= 2:
-            pairs.append(pair)
-    return pairs
+            turns.append(seconds)
+    return turns
 
 
 def _seconds(call: Callable) -> float:
@@ -229,16 +236,10 @@ def _seconds(call: Callable) -> float:
     return time.perf_counter() - started if measured is None else measured
 
 
-def pair_ratio(pairs: list[tuple[float, float]]) -> float:
-    """How many times faster the first is: the median over pairs."""
-    return statistics.median(theirs / ours for ours, theirs in pairs)
-
-
-def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of a large matrix product, the median of 20."""
-    a, b = torch.randn(2, size, size).to(dtype)
-    times = [_seconds(lambda: (a @ b, None)[1]) for _ in range(23)][3:]
-    return 2 * size**3 / statistics.median(times)
+def matrix_product(dtype: torch.dtype) -> Callable[[], float]:
+    """A large matrix product of MATRIX_FLOP operations: seconds, the median of 10."""
+    a, b = torch.randn(2, MATRIX, MATRIX).to(dtype)
+    return lambda: statistics.median(_seconds(lambda: (a @ b, None)[1]) for _ in range(10))
 
 
 def training_flops(config: ModelConfig) -> float:

@@ -9,6 +9,7 @@ from fulmen.model.config import ModelConfig
 from fulmen.model.linear import Linear
 from fulmen.model.norm import RMSNorm
 from fulmen.ops.lightning import decay_rates, lightning_attention
+from fulmen.ops.linear import product_dtype
 
 
 class LightningAttention(nn.Module):
@@ -45,6 +46,7 @@ class LightningAttention(nn.Module):
 
     def forward(self, x: Tensor, *, cache: LightningState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, hidden] to the same shape; see `LanguageModel` for the rest."""
+        x = x.to(product_dtype(x))  # once for both products
         q, k, v = F.silu(self.qkv_proj(x)).unflatten(-1, self.heads_shape).unbind(dim=-2)
         out, state = lightning_attention(
             q,

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from fulmen.model.cache import KeyValues
 from fulmen.model.config import ModelConfig
 from fulmen.model.linear import Linear
+from fulmen.ops.linear import product_dtype
 from fulmen.ops.rotary import apply_rotary
 from fulmen.ops.softmax import softmax_attention
 
@@ -35,6 +36,7 @@ class SoftmaxAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """x [B, T, hidden] to the same shape; `rotary` is cos and sin of its positions."""
+        x = x.to(product_dtype(x))  # once for all three products
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if cache is not None:

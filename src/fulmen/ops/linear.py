@@ -25,3 +25,9 @@ def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.float())
     with torch.autocast(device, enabled=False):
         return F.linear(x.float(), weight.float())
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of products with x: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

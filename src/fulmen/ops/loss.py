@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulmen.ops.cpu import training
+from fulmen.ops.linear import product_dtype
 
 IGNORE = -100
 
@@ -22,9 +23,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
     Products run in the autocast dtype where autocast is on, else in hidden's dtype; the softmax in fp32 always. The
     gradients are computed in the forward pass, chunk by chunk, where the logits are at hand.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, chunk)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, product_dtype(hidden), chunk)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

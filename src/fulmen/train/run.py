@@ -27,6 +27,7 @@ from fulmen.run import (
     read_metrics,
     write_atomic,
 )
+from fulmen.train.memory import keep_freed_memory
 from fulmen.train.recipe import DataSection, ModelSection, OptimizerSection, TrainRecipe
 from fulmen.train.trainer import Trainer, TrainingDivergedError
 
@@ -174,6 +175,7 @@ def _prepare(
     """Trainer, held-out batches and tokenizer, ready for step 0; nothing is written."""
     torch.manual_seed(recipe.train.seed)
     device = choose_device(recipe.train.device)
+    keep_freed_memory()
     config = _model_config(recipe)
     documents = read_documents(recipe.data.sources, text_field=recipe.data.text_field)
     training, held_out = split(documents, recipe.data.held_out)

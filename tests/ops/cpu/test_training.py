@@ -1,5 +1,7 @@
 """The C passes of training against float64, and PyTorch's forms of the same, at sizes that fill no vector."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +82,24 @@ def test_cross_entropy_and_its_gradient(rows, vocabulary, dtype, kernels):
     assert nll.item() == pytest.approx(expected.item(), rel=1e-5)
     assert d_logits.dtype == dtype
     assert close(d_logits, gradient, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("starts", [[0, 1], [0, 3, 4, 9]])
+@pytest.mark.parametrize(("heads", "shape"), [(1, (1, 1)), (3, (5, 7)), (2, (40, 60))])
+def test_scan_of_states(starts, heads, shape, backwards, dtype, poisoned_memory):
+    blocks, pieces = starts[-1], len(starts) - 1
+    inflows, entering = torch.randn(blocks, heads, *shape).to(dtype), torch.randn(pieces, heads, *shape)
+    decays, before = torch.rand(blocks, heads), entering.clone()
+    out, ending = training.scan_states(inflows, entering, decays, torch.tensor(starts), backwards=backwards)
+    assert torch.equal(entering, before)
+    for piece, (first, stop) in enumerate(itertools.pairwise(starts)):
+        state = entering[piece].double()
+        for block in reversed(range(first, stop)) if backwards else range(first, stop):
+            assert close(out[block], state, dtype)
+            state = decays[block, :, None, None].double() * state + inflows[block].double()
+        assert close(ending[piece], state, torch.float32)
 
 
 @pytest.mark.parametrize("extreme", [1e4, -1e4, 88.5, -88.5])

@@ -3,10 +3,20 @@
 import pytest
 import torch
 
+from fulmen.ops.cpu import training
 from fulmen.ops.lightning import lightning_attention
 from fulmen.ops.lightning.chunked import chunked_lightning_attention
 
 TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["kernels", "fallback"])
+def _choose(request, monkeypatch):
+    """With the scan in C, and without."""
+    if request.param:
+        assert training.load() is not None, "the kernels should build on a machine that runs the tests"
+    else:
+        monkeypatch.setattr(training, "load", lambda: None)
 
 
 def blocks_of(block=None, segment=None):

@@ -39,6 +39,7 @@ ARGUMENTS = {
             "rms_norm_backward": (c_void_p,) * 6 + (c_int64,) * 2 + (c_int,),
             "causal_softmax": (c_void_p,) + (c_int64,) * 2 + (c_float, c_int),
             "causal_softmax_backward": (c_void_p,) * 2 + (c_int64,) * 2 + (c_float, c_int),
+            "scan_states": (c_void_p,) * 6 + (c_int64,) * 3 + (c_int,) * 2,
             "cross_entropy": (c_void_p,) * 3 + (c_int64,) * 3 + (c_int,),
         }.items()
     },

@@ -163,4 +163,32 @@ void NAMED(cross_entropy)(NUMBER *restrict logits, float *restrict nll, const i6
     }
 }
 
+/* out[b] = state, then state = decays[b] state + inflows[b], over the blocks of each piece, backwards if asked.
+
+inflows and out [g, heads, size]; the state of a piece is entering [m, heads, size] at first and ending at last; decays
+[g, heads]; piece i has the blocks starts[i] .. starts[i + 1] - 1. */
+void NAMED(scan_states)(NUMBER *restrict out, float *restrict ending, const NUMBER *inflows, const float *entering,
+                        const float *decays, const i64 *starts, i64 pieces, i64 heads, i64 size, int backwards,
+                        int threads) {
+    i64 width = 1024, parts = (size + width - 1) / width;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 task = 0; task < pieces * heads * parts; task++) {
+        i64 piece = task / parts / heads, head = task / parts % heads, from = task % parts * width;
+        i64 count = size - from < width ? size - from : width, first = starts[piece], last = starts[piece + 1] - 1;
+        float *state = ending + (piece * heads + head) * size + from;
+        memcpy(state, entering + (piece * heads + head) * size + from, count * sizeof *state);
+        for (i64 step = 0; step <= last - first; step++) {
+            i64 row = (backwards ? last - step : first + step) * heads + head;
+            float decay = decays[row];
+            const NUMBER *inflow = inflows + row * size + from;
+            NUMBER *written = out + row * size + from;
+#pragma omp simd
+            for (i64 i = 0; i < count; i++) {
+                WRITE(written + i, state[i]);
+                state[i] = decay * state[i] + READ(inflow + i);
+            }
+        }
+    }
+}
+
 #endif

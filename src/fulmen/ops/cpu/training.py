@@ -84,5 +84,20 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
     return nll
 
 
+def scan_states(
+    inflows: Tensor, entering: Tensor, decays: Tensor, starts: Tensor, *, backwards: bool = False
+) -> tuple[Tensor, Tensor]:
+    """out[b] = state; state = decays[b] state + inflows[b], block after block of each piece, or from its last to first.
+
+    inflows [g, H, ...], entering [m, H, ...] fp32 (the state that a piece begins with), decays [g, H] fp32, starts
+    [m + 1] int64 (the block that each piece begins with, and g). Returns out, like inflows, and the m states at last.
+    """
+    out, ending = torch.empty_like(inflows), torch.empty_like(entering)
+    (pieces, heads), size = entering.shape[:2], entering[0, 0].numel()
+    pointers = (t.data_ptr() for t in (out, ending, inflows, entering, decays, starts))
+    _kernel("scan_states", inflows)(*pointers, pieces, heads, size, backwards, torch.get_num_threads())
+    return out, ending
+
+
 def _kernel(name: str, tensor: Tensor):
     return getattr(load(), f"{name}_{SUFFIX[tensor.dtype]}")

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fulmen.ops.experts.few import FEW, few_tokens_mlp
 from fulmen.ops.experts.routing import Routing
+from fulmen.ops.linear import product_dtype
 from fulmen.ops.swiglu import swiglu, swiglu_backward
 
 ROUND = 64
@@ -32,8 +33,7 @@ def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
     Raises:
         ValueError: rows of D or F numbers do not fill whole 16 bytes, which grouped products ask for.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    device, dtype = x.device.type, product_dtype(x)
     if any(width * dtype.itemsize % 16 for width in (x.shape[1], w2.shape[2])):
         raise ValueError(
             f"hidden size and expert width must be multiples of {16 // dtype.itemsize} in {dtype}, "
@@ -84,7 +84,7 @@ class _ExpertsMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, plan: Plan):
-        gate_up = F.grouped_mm(x[plan.tokens], w13.mT, offs=plan.ends)
+        gate_up = F.grouped_mm(x.index_select(0, plan.tokens), w13.mT, offs=plan.ends)
         y_RD = F.grouped_mm(swiglu(gate_up), w2.mT, offs=plan.ends)
         ctx.save_for_backward(x, w13, w2, gate_up, *plan)
         ctx.weights_shape = weights.shape
@@ -95,14 +95,14 @@ class _ExpertsMLP(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):
         x, w13, w2, gate_up, *saved = ctx.saved_tensors
         plan = Plan(*saved)
-        d_y = d_out[plan.tokens]
+        d_y = d_out.index_select(0, plan.tokens)
         # The weight's own gradient is (w2^T d_y) . act, so the answers y need not be kept.
         d_act = F.grouped_mm(d_y, w2, offs=plan.ends)
         d_gate_up, weighted_act, d_rows = swiglu_backward(d_act, gate_up, plan.weights)
         d_weights = torch.zeros(ctx.weights_shape, dtype=torch.float32, device=x.device)
         d_weights.view(-1)[plan.choices] = d_rows[plan.rows]
         d_w2 = F.grouped_mm(d_y.T, weighted_act, offs=plan.ends)
-        d_w13 = F.grouped_mm(d_gate_up.T, x[plan.tokens], offs=plan.ends)
+        d_w13 = F.grouped_mm(d_gate_up.T, x.index_select(0, plan.tokens), offs=plan.ends)
         d_x = _sum_per_token(F.grouped_mm(d_gate_up, w13, offs=plan.ends), plan, ctx.weights_shape)
         return d_x, d_w13, d_w2, d_weights, None
 
@@ -120,7 +120,7 @@ def _sum_per_token(rows_RD: Tensor, plan: Plan, shape: torch.Size) -> Tensor:
         dropped.view(-1)[plan.choices] = False
     total = None
     for slot in range(shape[1]):
-        part = rows_RD[row_of[:, slot]]
+        part = rows_RD.index_select(0, row_of[:, slot])
         if dropped is not None:
             part.masked_fill_(dropped[:, slot, None], 0)
         total = part if total is None else total.add_(part)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fulmen.ops.cpu import training
+
 # Elements of one operand that a segment of blocks may hold: about what stays in a CPU's outer cache, or fills a GPU.
 SEGMENT_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 
@@ -66,6 +68,7 @@ class Segment(NamedTuple):
 
     blocks: slice
     pieces: list[Piece]
+    starts: Tensor  # [m + 1] int64, on the CPU: the block, counted in the segment, that each piece begins with, and g
     continues: bool  # the first piece's sample began in an earlier segment
     goes_on: bool  # the last piece's sample does not end here
 
@@ -131,6 +134,7 @@ def _segment(borders: list[int], cuts: list[tuple[int, int, int]], first: int, s
     return Segment(
         blocks=slice(first, stop),
         pieces=pieces,
+        starts=torch.tensor([piece.blocks.start for piece in pieces] + [place], device="cpu"),
         continues=cuts[first][1] != borders[pieces[0].sample],
         goes_on=cuts[stop - 1][2] != borders[pieces[-1].sample + 1],
     )
@@ -150,6 +154,10 @@ class _Decays:
     def until_block_end(self, part: slice) -> Tensor:
         """exp(-s (n - 1 - j)), zero behind a short block's end: [g, H, C, 1]."""
         return self._of(self.blocks.lengths[part, None] - 1 - self.place).transpose(0, 1)[..., None]
+
+    def across(self, part: slice) -> Tensor:
+        """exp(-s n), what of a state is left after each block: [g, H]."""
+        return self._of(self.blocks.lengths[part]).T.contiguous()
 
     def between(self, piece: Piece) -> Tensor:
         """exp(-s (t_i - t_j)) for j <= i, over the times of a piece: [H, blocks + 1, blocks + 1].
@@ -178,7 +186,7 @@ class _Chunked(torch.autograd.Function):
             before, ending = _states(b_k, b_v, carry, initial, decays, segment)
             carry = ending[-1]
             final[segment.samples] = ending
-            b_out = torch.matmul((b_q * decays.since_block_start).to(q.dtype), before.to(q.dtype))
+            b_out = torch.matmul((b_q * decays.since_block_start).to(q.dtype), before)
             b_out += torch.matmul(torch.matmul(b_q, b_k.mT).mul_(inside), b_v)
             blocks.put(b_out, out, part)
         ctx.save_for_backward(q, k, v, rates, initial, torch.stack(carries))
@@ -212,21 +220,26 @@ class _Chunked(torch.autograd.Function):
 def _states(
     b_k: Tensor, b_v: Tensor, carry: Tensor, initial: Tensor, decays: _Decays, segment: Segment
 ) -> tuple[Tensor, Tensor]:
-    """States before each block of a segment [g, H, K, V] and at the end of each piece [m, H, K, V]."""
+    """States before each block of a segment [g, H, K, V], in the operands' dtype, and at the end of each piece."""
     entering = _replaced(initial[segment.samples], 0, carry if segment.continues else None)
-    updates = torch.matmul((b_k * decays.until_block_end(segment.blocks)).mT, b_v.to(initial.dtype))
+    updates = torch.matmul((b_k * decays.until_block_end(segment.blocks)).to(b_k.dtype).mT, b_v)
+    if training.fuses(updates, entering):
+        return training.scan_states(updates, entering, decays.across(segment.blocks), segment.starts)
     before, ending = torch.empty_like(updates), torch.empty_like(entering)
     for n, piece in enumerate(segment.pieces):
-        states = _weighted(decays.between(piece), entering[n : n + 1], updates[piece.blocks])
+        states = _weighted(decays.between(piece), entering[n : n + 1], updates[piece.blocks].to(entering.dtype))
         before[piece.blocks], ending[n] = states[:-1], states[-1]
     return before, ending
 
 
 def _d_states(d_before: Tensor, d_ending: Tensor, decays: _Decays, segment: Segment) -> tuple[Tensor, Tensor]:
-    """The same backward: gradients of the updates [g, H, K, V] and of the entering states [m, H, K, V]."""
+    """The same backward: gradients of the updates, like `d_before`, and of the entering states [m, H, K, V]."""
+    if training.fuses(d_before, d_ending):
+        return training.scan_states(d_before, d_ending, decays.across(segment.blocks), segment.starts, backwards=True)
     d_updates, d_entering = torch.empty_like(d_before), torch.empty_like(d_ending)
     for n, piece in enumerate(segment.pieces):
-        d_inflows = _weighted(decays.between(piece).mT, d_before[piece.blocks], d_ending[n : n + 1])
+        weights, parts = decays.between(piece).mT, (d_before[piece.blocks].to(d_ending.dtype), d_ending[n : n + 1])
+        d_inflows = _weighted(weights, *parts)
         d_entering[n], d_updates[piece.blocks] = d_inflows[0], d_inflows[1:]
     return d_updates, d_entering
 
@@ -251,14 +264,13 @@ def _segment_backward(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Gradients of a segment's q, k, v [g, H, C, D], and of the states that enter its pieces [m, H, K, V]."""
     b_q, b_k, b_v, b_do = tiles
-    dtype, operand = initial.dtype, b_q.dtype
+    operand = b_q.dtype
     inside, to_end = decays.inside.to(operand), decays.until_block_end(segment.blocks).to(operand)
     since_start = decays.since_block_start
 
     before, _ = _states(b_k, b_v, carry, initial, decays, segment)
-    d_before = torch.matmul((b_q * since_start).mT, b_do.to(dtype))
+    d_before = torch.matmul((b_q * since_start).to(operand).mT, b_do)
     d_updates, d_entering = _d_states(d_before, d_ending, decays, segment)
-    before, d_updates = before.to(operand), d_updates.to(operand)
 
     scores = torch.matmul(b_q, b_k.mT).mul_(inside)
     d_scores = torch.matmul(b_do, b_v.mT).mul_(inside)

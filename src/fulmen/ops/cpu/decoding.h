@@ -12,6 +12,10 @@ its comment says so do they wait for each other at its end.
 
 #include <math.h>
 
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
 #include "exp.h"
 #include "numbers.h"
 
@@ -55,6 +59,32 @@ INLINE vec load_bf16(const bf16 *p) {
     half_vec halves;
     memcpy(&halves, p, sizeof halves);
     return (vec)(__builtin_convertvector(halves, bits_vec) << 16);
+}
+
+/* a * b + sum. Left to itself, gcc rounds the product in some loops (where it holds chains of FMA for slow) and not in
+others, and a number would depend on which loop it came from. */
+INLINE vec multiply_add(vec a, vec b, vec sum) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+/* The first n < LANES numbers and zeros: what is left over goes the way of all others, or the compiler might round it
+in another way here than there. */
+INLINE vec load_part(const float *p, i64 n) {
+    float numbers[LANES] = {0};
+    memcpy(numbers, p, n * sizeof *p);
+    return load(numbers);
+}
+
+INLINE vec load_part_bf16(const bf16 *p, i64 n) {
+    bf16 numbers[LANES] = {0};
+    memcpy(numbers, p, n * sizeof *p);
+    return load_bf16(numbers);
 }
 
 INLINE float sum(vec v) {
@@ -136,6 +166,7 @@ static void share_step(float *out, float *next, const float *q, const float *k, 
 #define READ read_fp32
 #define WRITE write_fp32
 #define LOAD load
+#define LOAD_PART load_part
 #define NAMED(name) name##_fp32
 #include "decoding.h"
 
@@ -143,11 +174,13 @@ static void share_step(float *out, float *next, const float *q, const float *k, 
 #undef READ
 #undef WRITE
 #undef LOAD
+#undef LOAD_PART
 #undef NAMED
 #define NUMBER bf16
 #define READ read_bf16
 #define WRITE write_bf16
 #define LOAD load_bf16
+#define LOAD_PART load_part_bf16
 #define NAMED(name) name##_bf16
 #include "decoding.h"
 
@@ -155,6 +188,7 @@ static void share_step(float *out, float *next, const float *q, const float *k, 
 #undef READ
 #undef WRITE
 #undef LOAD
+#undef LOAD_PART
 #undef NAMED
 
 #else
@@ -174,29 +208,27 @@ INLINE void NAMED(tile)(const NUMBER *const w[ROWS], const float *const x[COLS],
         }
         for (int c = 0; c < COLS; c++) {
             vec column = load(x[c] + i);
-            for (int r = 0; r < ROWS; r++) sums[c][r] += rows[r] * column;
+            for (int r = 0; r < ROWS; r++) sums[c][r] = multiply_add(rows[r], column, sums[c][r]);
         }
     }
+    if (i < k)
+        for (int r = 0; r < ROWS; r++) {
+            vec row = LOAD_PART(w[r] + i, k - i);
+            for (int c = 0; c < COLS; c++) sums[c][r] = multiply_add(row, load_part(x[c] + i, k - i), sums[c][r]);
+        }
 #pragma GCC unroll 4
     for (int c = 0; c < COLS; c++)
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) out[c][r] = sum(sums[c][r]);
-    if (i == k) return;
-    for (int c = 0; c < COLS; c++)
-        for (int r = 0; r < ROWS; r++)
-            for (i64 rest = i; rest < k; rest++) out[c][r] += READ(w[r] + rest) * x[c][rest];
 }
 
-/* out[r] = w[r] . x for a single token, summed in the order of `tile`, so that a token's numbers do not depend on its
-company. Row after row: here the weights are all that is read, and one stream is what the processor's prefetch likes. */
-INLINE void NAMED(single)(const NUMBER *const w[ROWS], const float *x, i64 k, float out[ROWS]) {
-    for (int r = 0; r < ROWS; r++) {
-        vec sums = {0};
-        i64 i = 0;
-        for (; i + LANES <= k; i += LANES) sums += LOAD(w[r] + i) * load(x + i);
-        out[r] = sum(sums);
-        for (; i < k; i++) out[r] += READ(w[r] + i) * x[i];
-    }
+/* w . x, summed in the order of `tile`, so that a token's numbers do not depend on its company. */
+INLINE float NAMED(dot)(const NUMBER *w, const float *x, i64 k) {
+    vec sums = {0};
+    i64 i = 0;
+    for (; i + LANES <= k; i += LANES) sums = multiply_add(LOAD(w + i), load(x + i), sums);
+    if (i < k) sums = multiply_add(LOAD_PART(w + i, k - i), load_part(x + i, k - i), sums);
+    return sum(sums);
 }
 
 /* out[c][r] = w[j + r] . x[c] for `count` <= FEW tokens. Past the last row or token the last one stands in, unused. */
@@ -209,7 +241,9 @@ static void NAMED(products)(const NUMBER *w, i64 n, i64 j, const float *const *x
         for (int i = 0; i < COLS; i++) columns[i] = x[min(c + i, count - 1)];
         NAMED(tile)(rows, columns, k, out + c);
     }
-    if (c < count) NAMED(single)(rows, x[c], k, out[c]);
+    /* Row after row for a single one: the weights are all that is read, and one stream is what a prefetch likes. */
+    if (c < count)
+        for (int r = 0; r < ROWS; r++) out[c][r] = NAMED(dot)(rows[r], x[c], k);
 }
 
 /* y [rows, n] = x [rows, k] w^T, w [n, k], rows <= FEW, then SiLU, the sigmoid or the residual. */

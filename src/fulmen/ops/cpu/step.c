@@ -87,10 +87,7 @@ static void NAMED(attend)(float *out, float *scores, const float *q, const NUMBE
                           i64 stride, i64 dim) {
     float highest = -INFINITY, total = 0, scale = 1.0f / sqrtf(dim);
     for (i64 t = 0; t < count; t++) {
-        float score = 0;
-#pragma omp simd reduction(+ : score)
-        for (i64 i = 0; i < dim; i++) score += q[i] * READ(keys + t * stride + i);
-        scores[t] = score * scale;
+        scores[t] = NAMED(dot)(keys + t * stride, q, dim) * scale;
         highest = scores[t] > highest ? scores[t] : highest;
     }
     for (i64 t = 0; t < count; t++) total += scores[t] = fast_exp(scores[t] - highest);

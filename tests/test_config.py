@@ -41,6 +41,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     sources: tuple[Source, ...] = ()
     held_out: Source | None = None
+    options: dict = field(default_factory=dict)
 
 
 numbers = st.floats(allow_nan=False)
@@ -57,6 +58,7 @@ recipes = st.builds(
     optimizer=st.builds(Optimizer, rate=numbers.filter(lambda rate: rate > 0), betas=st.tuples(numbers, numbers)),
     sources=st.lists(sources, max_size=3).map(tuple),
     held_out=st.none() | sources,
+    options=st.dictionaries(text, st.booleans() | st.integers() | numbers | text | st.lists(text), max_size=3),
 )
 
 
@@ -112,6 +114,8 @@ def test_section_without_default_is_built_from_its_own_defaults(write):
         ("name=1\nsteps = 9", {"name": "1\nsteps = 9"}),
         ("compile = true", {"compile": True}),
         ("layers=[1, 2]", {"layers": (1, 2)}),
+        ("options.radius=0.2", {"options": {"radius": 0.2}}),
+        ("options={radius = 1, names = ['a']}", {"options": {"radius": 1, "names": ["a"]}}),
         ("held_out.path=x", {"held_out": Source(path="x")}),
         ("optimizer.rate=1e-2", {"optimizer": Optimizer(rate=0.01)}),
         ("sources=[{path = 'a', weight = 2}]", {"sources": (Source(path="a", weight=2.0),)}),
@@ -144,6 +148,7 @@ def test_later_overrides_win(write):
         ("steps = 1\noptimizer.betas = [1]", "optimizer.betas must be a list of 2, got a list of 1"),
         (f"steps = 1\noptimizer.rate = 1{'0' * 400}", "optimizer.rate must be a number, got 1"),
         ("steps = 1\noptimizer = 1", "optimizer must be a section with rate, betas, clip, got 1"),
+        ("steps = 1\noptions = 1", "options must be a table of keys and values, got 1"),
         ("steps = 1\ndtype = 'float16'", "dtype must be one of 'float32', 'bfloat16', 8, got 'float16'"),
         ("steps = 1\ndtype = 8.0", "dtype must be one of"),
         ("steps = 1\n[optimizer]\nrate = -1", "optimizer: rate must be positive, got -1.0"),
@@ -198,8 +203,8 @@ def test_recipe_that_the_system_refuses_to_read(write, monkeypatch):
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
     folder = tmp_path / "shipped"
-    folder.mkdir()
-    for name in ("quickstart", "ladder-70m"):
+    (folder / "marl").mkdir(parents=True)
+    for name in ("quickstart", "ladder-70m", "marl/sparse"):
         (folder / f"{name}.toml").write_text("steps = 5")
     monkeypatch.setattr(config, "RECIPES", folder)
     return folder
@@ -215,6 +220,20 @@ def test_shipped_recipes_go_by_their_bare_name(shipped, tmp_path, monkeypatch):
     assert find_recipe("quickstart.toml").resolve() == tmp_path / "quickstart.toml"
 
 
+def test_shipped_recipes_of_a_room_go_by_their_folder_and_name(shipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("marl/sparse", "marl/sparse.toml", "recipes/marl/sparse", "recipes/marl/sparse.toml")
+    assert {find_recipe(name) for name in names} == {shipped / "marl" / "sparse.toml"}
+    assert find_recipe("recipes/quickstart.toml") == shipped / "quickstart.toml"
+    for wrong in ("sparse", "other/sparse", "marl/recipes/sparse"):
+        with pytest.raises(UserError, match="does not exist"):
+            find_recipe(wrong)
+    # A file of that path wins.
+    (tmp_path / "recipes" / "marl").mkdir(parents=True)
+    (tmp_path / "recipes" / "marl" / "sparse.toml").write_text("steps = 6")
+    assert load_recipe("recipes/marl/sparse.toml", Recipe).steps == 6
+
+
 def test_missing_recipe_suggests_similar_names(shipped, write):
     beside = write("", "experiment.toml")
     with pytest.raises(UserError) as error:
@@ -223,7 +242,13 @@ def test_missing_recipe_suggests_similar_names(shipped, write):
     for wrong in ("quikstart", "quikstart.toml"):
         with pytest.raises(UserError) as error:
             find_recipe(wrong)
-        assert "did you mean quickstart? (shipped recipes: ladder-70m, quickstart)" in message_of(error)
+        assert "did you mean quickstart? (shipped recipes: ladder-70m, marl/sparse, quickstart)" in message_of(error)
+    for wrong in ("marl/sprse", "recipes/marl/sprse.toml", "sparse"):
+        with pytest.raises(UserError, match=r"did you mean (recipes/)?marl/sparse(\.toml)?\?"):
+            find_recipe(wrong)
     with pytest.raises(UserError) as error:
         find_recipe("nowhere/zzz.toml")
-    assert message_of(error) == "recipe nowhere/zzz.toml does not exist (shipped recipes: ladder-70m, quickstart)"
+    assert (
+        message_of(error)
+        == "recipe nowhere/zzz.toml does not exist (shipped recipes: ladder-70m, marl/sparse, quickstart)"
+    )

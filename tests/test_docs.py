@@ -8,6 +8,7 @@ import pytest
 
 from fulmen.cli import _parser
 from fulmen.config import find_recipe, load_recipe
+from fulmen.marl.recipe import MarlRecipe
 from fulmen.train import TrainRecipe
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,8 @@ def test_command_is_accepted(words):
     recipe = "quickstart" if words[0] == "quickstart" else getattr(arguments, "recipe", None)
     # Files such as mine.toml are the reader's own.
     if recipe is not None and (not recipe.endswith(".toml") or recipe.startswith("recipes/")):
-        load_recipe(ROOT / recipe if recipe.startswith("recipes/") else find_recipe(recipe), TrainRecipe, arguments.set)
+        schema = MarlRecipe if words[0] == "marl" else TrainRecipe
+        load_recipe(ROOT / recipe if recipe.startswith("recipes/") else find_recipe(recipe), schema, arguments.set)
 
 
 @pytest.mark.parametrize("words", cases("make"))

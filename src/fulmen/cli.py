@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run one verb and exit: 0 done, 1 training diverged, 2 for the user to mend, 128 + n stopped by signal n."""
+    """Run one verb and exit: 0 done, 1 training failed, 2 for the user to mend, 128 + n stopped by signal n."""
     # A model may write what the terminal's encoding lacks.
     sys.stdout.reconfigure(errors="replace")
     try:
@@ -65,10 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(verbs)
     _add_generation(verbs)
     _add_checkpoints(verbs)
+    _add_marl(verbs)
     return parser
 
 
-def _verb(verbs, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str):
+def _verb(verbs, name: str, run: Callable[[argparse.Namespace], int] | None, text: str, example: str):
     parser = verbs.add_parser(
         name,
         help=text,
@@ -101,8 +102,8 @@ def _add_training(verbs) -> None:
     _recipe_arguments(parser)
 
 
-def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dir", type=Path, help="folder of the run (default: runs/NAME-OF-RECIPE)")
+def _recipe_arguments(parser: argparse.ArgumentParser, default: str = "runs/NAME-OF-RECIPE") -> None:
+    parser.add_argument("--dir", type=Path, help=f"folder of the run (default: {default})")
     parser.add_argument(
         "--set",
         action="append",
@@ -183,6 +184,37 @@ def _add_checkpoints(verbs) -> None:
     parser.add_argument("--dialect", choices=DIALECTS, default="original", help="(default: original)")
 
 
+def _add_marl(verbs) -> None:
+    text = "teams of agents that teach each other: train, compare, render"
+    marl = _verb(verbs, "marl", None, text, "fulmen marl train marl/sparse")
+    verbs = marl.add_subparsers(metavar="VERB [OPTIONS]", required=True)
+    parser = _verb(
+        verbs, "train", _marl_train, "train a team as a recipe says", "fulmen marl train marl/sparse --set run.seed=1"
+    )
+    parser.add_argument("recipe", help="a TOML file, or the name of a shipped recipe")
+    parser.add_argument("--resume", action="store_true", help="go on from the last good snapshot in the run's folder")
+    _recipe_arguments(parser, "runs/marl/NAME-OF-RECIPE")
+    parser = _verb(
+        verbs,
+        "compare",
+        _marl_compare,
+        "train a recipe's team by several methods and seeds, and print the table",
+        "fulmen marl compare marl/sparse --methods none,pat --seeds 10 --workers 2",
+    )
+    parser.add_argument("recipe", help="a TOML file, or the name of a shipped recipe")
+    parser.add_argument("--methods", default="none,pat", help="names with commas between (default: none,pat)")
+    parser.add_argument("--seeds", type=_count, default=10, help="runs of each method (default: 10)")
+    parser.add_argument("--workers", type=_count, default=2, help="processes at a time (default: 2)")
+    _recipe_arguments(parser, "runs/marl/NAME-OF-RECIPE-compare")
+    parser = _verb(
+        verbs, "render", _marl_render, "draw an episode of a trained team", "fulmen marl render runs/marl/sparse"
+    )
+    parser.add_argument("path", type=Path, help="the folder of a run")
+    parser.add_argument("--seed", type=int, default=0, help="of the episode (default: 0)")
+    parser.add_argument("--own", action="store_true", help="by the agents' own policies, without transfer")
+    parser.add_argument("--out", type=Path, help="the GIF to write (default: plots/episode.gif in the run's folder)")
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from fulmen.train import TrainingDivergedError, TrainRecipe, train
 
@@ -193,12 +225,16 @@ def _train(arguments: argparse.Namespace) -> int:
     except TrainingDivergedError as error:
         return _fail(str(error), 1)
     if result.checkpoint is None:
-        # The run's own copy of the recipe holds all that --set changed.
-        command = shlex.join(["fulmen", "train", str(folder / "recipe.toml"), "--dir", str(folder), "--resume"])
-        print(f"stopped at step {result.step} of {recipe.schedule.steps}, snapshot saved; go on with\n  {command}")
-        return 128 + result.stopped_by
+        return _stopped(["train"], folder, f"step {result.step} of {recipe.schedule.steps}", result.stopped_by)
     print(f"checkpoint: {result.checkpoint}\nloss plot:  {folder / 'plots' / 'loss.png'}")
     return 0
+
+
+def _stopped(verb: list[str], folder: Path, place: str, signal_number: int) -> int:
+    # The run's own copy of the recipe holds all that --set changed.
+    command = shlex.join(["fulmen", *verb, str(folder / "recipe.toml"), "--dir", str(folder), "--resume"])
+    print(f"stopped at {place}, snapshot saved; go on with\n  {command}")
+    return 128 + signal_number
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
@@ -366,6 +402,38 @@ def _make_tiny(arguments: argparse.Namespace) -> int:
 
     make_tiny(arguments.path, dialect=arguments.dialect)
     print(f"wrote {arguments.path} in the {arguments.dialect} dialect")
+    return 0
+
+
+def _marl_train(arguments: argparse.Namespace) -> int:
+    from fulmen.marl import MarlRecipe, train
+
+    recipe = load_recipe(arguments.recipe, MarlRecipe, arguments.set)
+    folder = arguments.dir or Path("runs/marl") / Path(arguments.recipe).stem
+    result = train(recipe, folder, resume=arguments.resume, report=functools.partial(print, flush=True))
+    if result.checkpoint is None:
+        place = f"frame {result.frames:,} of {recipe.run.frames:,}"
+        return _stopped(["marl", "train"], folder, place, result.stopped_by)
+    print(f"checkpoint: {result.checkpoint}\npictures:   {', '.join(map(str, result.pictures))}")
+    return 0
+
+
+def _marl_compare(arguments: argparse.Namespace) -> int:
+    from fulmen.marl import MarlRecipe
+    from fulmen.marl.compare import compare
+
+    recipe = load_recipe(arguments.recipe, MarlRecipe, arguments.set)
+    folder = arguments.dir or Path("runs/marl") / f"{Path(arguments.recipe).stem}-compare"
+    methods = [name.strip() for name in arguments.methods.split(",")]
+    comparison = compare(recipe, folder, methods=methods, seeds=arguments.seeds, workers=arguments.workers)
+    print(f"{comparison}\n\ntables, curves and plots: {folder}")
+    return 1 if comparison.failures else 0
+
+
+def _marl_render(arguments: argparse.Namespace) -> int:
+    from fulmen.marl import render_episode
+
+    print(f"wrote {render_episode(arguments.path, seed=arguments.seed, out=arguments.out, own=arguments.own)}")
     return 0
 
 

@@ -21,7 +21,13 @@ RECIPES = Path(__file__).parent / "recipes"
 
 T = TypeVar("T")
 
-_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a string (in quotes)"}
+_EXPECTED = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string (in quotes)",
+    dict: "a table of keys and values",
+}
 
 
 class UserError(ValueError):
@@ -29,21 +35,22 @@ class UserError(ValueError):
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the recipe file that `name` means: a path, or the bare name of a shipped recipe (`quickstart`).
+    """Return the recipe file that `name` means: a path, or the name of a shipped recipe (`quickstart`, `marl/sparse`).
 
-    A file of that path wins over a shipped recipe of that name. Raises `UserError`, with similar names, for neither.
+    A shipped recipe is also found as `recipes/marl/sparse.toml`, wherever the package is installed. A file of that path
+    wins over a shipped recipe of that name. Raises `UserError`, with similar names, for neither.
     """
     path = Path(name)
     if os.path.isfile(path):
         return path
-    shipped = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.toml"))}
-    stem = path.name.removesuffix(".toml")
-    if path.parent == Path() and stem in shipped:
-        return shipped[stem]
-    spelled = {other.name: str(other) for other in sorted(path.parent.glob("*.toml"))} | {
-        stem: stem for stem in shipped
-    }
-    close = difflib.get_close_matches(path.name, spelled, n=1) or difflib.get_close_matches(stem, spelled, n=1)
+    shipped = {recipe.relative_to(RECIPES).with_suffix("").as_posix(): recipe for recipe in RECIPES.glob("**/*.toml")}
+    shipped = dict(sorted(shipped.items()))
+    wanted = path.as_posix().removeprefix("recipes/").removesuffix(".toml")
+    if wanted in shipped:
+        return shipped[wanted]
+    beside = {other.name: str(other) for other in sorted(path.parent.glob("*.toml"))}
+    spelled = beside | dict(zip(shipped, shipped, strict=True))
+    close = difflib.get_close_matches(path.name, spelled, n=1) or difflib.get_close_matches(wanted, spelled, n=1)
     problem = "is a folder, not a recipe" if os.path.isdir(path) else "does not exist"
     hint = f"; did you mean {spelled[close[0]]}?" if close else ""
     raise UserError(f"recipe {path} {problem}{hint} (shipped recipes: {', '.join(shipped) or 'none'})")
@@ -53,9 +60,10 @@ def load_recipe(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
     """Read the TOML file `path`, or the shipped recipe of that name, into the dataclass `schema`.
 
     `schema` and the dataclasses nested in it describe sections with fields of type int, float, bool, str, `Literal`,
-    `X | None`, `tuple[X, ...]`, `tuple[X, Y]` or another dataclass. TOML knows no null: an `X | None` is None by being
-    absent. A section that is absent is built from its defaults. `overrides` are strings such as `train.steps=200`; the
-    value is read as TOML and, where that fails, taken as a string.
+    `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, another dataclass, or `dict`: a table whose keys are checked by whoever
+    uses them. TOML knows no null: an `X | None` is None by being absent. A section that is absent is built from its
+    defaults. `overrides` are strings such as `train.steps=200`; the value is read as TOML and, where that fails, taken
+    as a string.
 
     Raises `UserError` for a missing or unreadable file, an unknown or missing key, a wrong type, a value that is not
     allowed, and for any `ValueError` of a section's own `__post_init__`.

@@ -1,0 +1,377 @@
+"""Parallel Attentional Transfer: agents that teach each other while they all learn.
+
+Source: Liang & Li, 'Parallel Knowledge Transfer in Multi-Agent Reinforcement Learning' (arXiv:2003.13085), of which no
+code and no figures are public. The two modes, the student actor-critic and the shared attention over the other agents'
+knowledge are the paper's; every setting below is our choice where the paper leaves it open.
+
+Letters: W worlds, N agents, i the student, j the teacher, B sequences, T steps, A action.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fulmen.config import UserError
+from fulmen.marl.replay import Batch
+from fulmen.marl.spec import TeamSpec
+from fulmen.marl.transfer.base import Decision, Experience, Transfer
+from fulmen.marl.transfer.gate import Bandit, Held, Returns, StudentActorCritic, agent_means
+from fulmen.marl.transfer.selector import Advice, TeacherSelector, Teaching, mix_actions, mix_parameters, teacher_mask
+
+if TYPE_CHECKING:
+    from fulmen.marl.learner import TeamLearner
+
+# Share of the way that the running mean of values moves in an update.
+VALUE_RATE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class PATSettings:
+    """The default of the method, and every alternative with when to use it.
+
+    value_space
+        "behaviour": the teachers' actions are mixed. Always sound.
+        "parameters": the teachers' weights are mixed. Only for a learner with equal_start, and to show that it gains
+        nothing; without memory.
+    gate, who is a student when
+        "actor_critic": the paper's student actor-critic. The default.
+        "bandit": an episode at a time, whoever has earned this agent the highest return. For newcomers among agents of
+        several tasks, whose own critic cannot judge teachers yet; best with returns = "pair".
+        "always": an agent follows whenever epsilon_self lets it. To see what the attention alone is worth.
+        "never": nobody acts as a student; knowledge moves by internalising alone.
+        "random": one step in two. The gate's own baseline.
+    student_reward, what the actor-critic gate learns from
+        "return": the environment's reward. The default, and the only one that the critic cannot mislead.
+        "critic_gain": how much higher the own critic values the teachers' action. Denser, where rewards are sparse and
+        the critic is good.
+        "value_gain": LeCTR's value estimation gain, 1 where the own critic values the action taken above its running
+        mean. Robust to the scale of rewards.
+    internalise, the weight with which an own policy imitates what it is taught
+        "gap": by how many standard deviations the teachers' measured return exceeds the own, between 0 and 1. The
+        default: only a proven gap makes a policy imitate.
+        "q_filter": 1 where the own critic prefers the teachers' action. For agents that must not wait for returns.
+        "constant": always 1. Homogenises policies that are still bad: only for a newcomer among trained agents.
+        "none": own policies learn from student steps through the replay alone.
+    returns, which measured returns speak for teacher j (`gate.Returns`)
+        "own": what j earns itself. Known soon; for teams whose agents earn by the same rule.
+        "pair": what i earned while it followed j. For agents with rewards or tasks that cannot be compared.
+    return_bias, whether these returns are added to the attention's logits
+        "fixed": times bias_scale. "learned": the scale is learned with the selector, from bias_scale on. "none": the
+        critic alone teaches the attention, for teams in which returns are no hint.
+    """
+
+    value_space: Literal["behaviour", "parameters"] = "behaviour"
+    gate: Literal["actor_critic", "bandit", "always", "never", "random"] = "actor_critic"
+    student_reward: Literal["return", "critic_gain", "value_gain"] = "return"
+    internalise: Literal["gap", "q_filter", "constant", "none"] = "gap"
+    internalise_weight: float = 1.0  # times the imitation loss; lower it if own policies all become alike
+    epsilon_self: float = 0.25  # share of training by the own policy whatever the gate says; less lets it diverge
+    self_for: Literal["episode", "step"] = "episode"  # whole episodes measure own returns; "step" where they hardly end
+    mode_steps: int = 1  # steps for which a mode holds; more explores deeper and tells modes apart by their returns
+    novelty: float = 1.0  # early bonus on the student's logit; 0 for teams in which early teachers mislead
+    novelty_frames: int = 10_000  # after which the bonus has fallen to 1 / e
+    gate_return_bias: float = 0.0  # times the teachers' z-score on the student's logit; above 0 where teachers may harm
+    returns: Literal["own", "pair"] = "own"
+    return_bias: Literal["fixed", "learned", "none"] = "fixed"
+    bias_scale: float = 1.0  # logits for each standard deviation of return
+    return_window: int = 100  # episodes that a measured return remembers; fewer follow fast learners
+    selector_size: int = 32  # size of the attention's queries and keys
+    heads: int = 1  # of the attention; more for contexts that matter in several ways
+    selector_lr: float = 1e-3
+    gate_hidden: int = 64
+    gate_lr: float = 1e-3
+    gate_entropy: float = 0.01  # weight of the gate's entropy
+    shared_gate: bool = False  # one gate for all agents: learns faster where all are alike
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if (choices := get_args(kind)) and getattr(self, name) not in choices:
+                raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not 0 <= self.epsilon_self <= 1:
+            raise UserError(f"epsilon_self is a share from 0 to 1, got {self.epsilon_self}")
+        for name in ("mode_steps", "novelty_frames", "return_window", "selector_size", "heads", "gate_hidden"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("internalise_weight", "gate_return_bias", "selector_lr", "gate_lr", "gate_entropy"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.gate == "bandit" and self.mode_steps != 1:
+            raise UserError("the bandit chooses once an episode: leave mode_steps at 1")
+
+
+class PAT(Transfer):
+    """The algorithm: who is a student, whom it attends to, and what its own policy takes over.
+
+    A student acts by the sum over j of alpha_ij mu_j(o_i). The selector ascends Q_i(o_i, that sum), the gate learns
+    from the student reward, and actors imitate the sum with weight beta. A team in which nobody can teach says so once
+    and learns alone.
+    """
+
+    def __init__(self, learner: "TeamLearner", settings: PATSettings | None = None):
+        super().__init__(learner)
+        self.settings = s = settings or PATSettings()
+        count, device = learner.num_agents, next(learner.parameters()).device
+        self.teachers = teacher_mask(learner.spec).to(device)
+        self.teaching = Teaching(learner)
+        self.selector = TeacherSelector(
+            learner.context_size,
+            learner.feature_size,
+            size=s.selector_size,
+            heads=s.heads,
+            bias_scale=s.bias_scale,
+            learn_bias_scale=s.return_bias == "learned",
+        ).to(device)
+        self.selector_optimizer = torch.optim.Adam(self.selector.parameters(), lr=s.selector_lr)
+        self.returns = Returns(count, window=s.return_window, device=device)
+        self.bandit = Bandit(self.returns, self.teachers)
+        self.gate = StudentActorCritic(
+            count, learner.context_size, hidden=s.gate_hidden, shared=s.shared_gate, lr=s.gate_lr, device=device
+        )
+        self.frames = torch.zeros(count, device=device)
+        self.value_mean = torch.zeros(count, device=device)
+        self._dimensions = distance_weights(learner.spec).to(device)
+        self.held = Held()
+        self.has_teachers = bool(self.teachers.any())
+        self._attention: Tensor | None = None
+        self._looked: tuple[Tensor, Advice, Tensor] | None = None
+        self._told_alone = False
+        check_value_space(learner, s)
+
+    @torch.no_grad()
+    def decide(self, observation: Tensor, own: Tensor, *, explore: bool) -> Decision:
+        """As `Transfer.decide`. In an evaluation the likeliest mode is taken, and epsilon_self is 0."""
+        if not self.has_teachers:
+            self._tell_alone()
+            return super().decide(observation, own, explore=explore)
+        advice = self.teaching.while_acting(observation, explore=explore)
+        attention = self.attend(advice)
+        if self.settings.gate == "bandit":
+            student, attention = self._follow_arms(attention, explore)
+        else:
+            student = self._choose_modes(advice.context, attention, explore)
+        student = student & self.teachers.any(-1)
+        actions = torch.where(student[..., None], self.learner.clamp(self.taught(advice, attention)), own)
+        if explore:
+            self._attention = attention
+        return Decision(actions, student, attention)
+
+    def attend(self, advice: Advice) -> Tensor:
+        """[..., N, N] attention of students on teachers; rows sum to 1 and the diagonal is 0."""
+        bias = None
+        if self.settings.return_bias != "none":
+            # Three deviations are proof enough, and leave every teacher a chance.
+            bias = self.returns.gap(self.settings.returns).clamp(-3, 3)
+        return self.selector(advice.context, advice.features, self.teachers, bias)
+
+    def taught(self, advice: Advice, attention: Tensor) -> Tensor:
+        """[..., N, A] the student action a^S, with the gradient of attention [..., N, N] only."""
+        if self.settings.value_space == "behaviour":
+            return mix_actions(attention, advice.actions)
+        return mix_parameters(self.learner, advice.context, attention)
+
+    def begin(self, worlds: Tensor | None = None, *, explore: bool) -> None:
+        """Episodes begin in these worlds [W] bool, None: in all.
+
+        Call it before an evaluation, and where training begins in new worlds. `observe` knows of all other episodes.
+        """
+        self.teaching.begin(worlds, explore=explore)
+        if explore and worlds is None:
+            self.returns.begin()
+            self.held.begin()
+            self._attention = None
+
+    def student_logit(self, context: Tensor, attention: Tensor) -> Tensor:
+        """[..., N] log-odds of being a student: what the gate learned, the novelty prior and the return bias."""
+        s = self.settings
+        if s.gate != "actor_critic":
+            odds = {"always": torch.inf, "never": -torch.inf, "random": 0.0}
+            return torch.full_like(context[..., 0], odds[s.gate])
+        prior = s.novelty * (-self.frames / s.novelty_frames).exp()
+        return self.gate.logit(context) + prior + s.gate_return_bias * self._gap(attention)
+
+    def _choose_modes(self, context: Tensor, attention: Tensor, explore: bool) -> Tensor:
+        chance = self.student_logit(context, attention).sigmoid()
+        if not explore:
+            return chance >= 0.5
+        student = self.held.hold("student", torch.rand_like(chance) < chance, self.settings.mode_steps)
+        return student & ~self._alone(student)
+
+    def _follow_arms(self, attention: Tensor, explore: bool) -> tuple[Tensor, Tensor]:
+        """The bandit's modes [W, N], and attention [W, N, N] on the one teacher that a student follows."""
+        worlds, count = attention.shape[:2]
+        own = torch.arange(count, device=attention.device)
+        if explore:
+            arms = self.held.hold("arms", self.bandit.draw(worlds))
+            arms = torch.where(self._alone(arms), own, arms)
+        else:
+            arms = self.bandit.best().expand(worlds, count)
+        student = arms != own
+        followed = functional.one_hot(arms, count).to(attention.dtype)
+        return student, torch.where(student[..., None], followed, attention)
+
+    def _tell_alone(self) -> None:
+        if not self._told_alone:
+            warnings.warn("nobody in this team can teach another: it learns without transfer", stacklevel=3)
+        self._told_alone = True
+
+    def _alone(self, like: Tensor) -> Tensor:
+        steps = None if self.settings.self_for == "episode" else 1
+        return self.held.hold_alone(like.shape, self.settings.epsilon_self, like.device, steps)
+
+    def observe(self, experience: Experience) -> None:
+        if not self.has_teachers:
+            return
+        self.frames = self.frames + len(experience.reward)
+        self.returns.observe(experience, self._attention)
+        self._attention = None
+        self.teaching.begin(experience.ended, explore=True)
+        self.held.observe(experience.ended)
+
+    def actor_loss(self, batch: Batch, actions: Tensor) -> Tensor | None:
+        """[N] beta times the mean squared distance to the taught action, in units of half the action range."""
+        s = self.settings
+        if s.internalise == "none" or not self.has_teachers:
+            return None
+        with torch.no_grad():
+            advice, _ = self._look(batch)
+            attention = self.attend(advice)
+            taught = self.taught(advice, attention)
+            beta = self.beta(batch, advice, attention, taught)
+        error = ((actions - taught).square() * self._dimensions).sum(-1)
+        return s.internalise_weight * agent_means(beta * error, batch.valid)
+
+    def beta(self, batch: Batch, advice: Advice, attention: Tensor, taught: Tensor) -> Tensor:
+        """[B, T, N] between 0 and 1: how much a step's own action is drawn to the taught one. 0 without a teacher."""
+        kind = self.settings.internalise
+        if kind == "gap":
+            return self._gap(attention).clamp(0, 1)
+        taught_by = self.teachers.any(-1)
+        if kind == "constant":
+            return taught_by.expand(attention.shape[:-1]).float()
+        return (self._gain(batch, advice, taught) > 0).float() * taught_by
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        if not self.has_teachers:
+            return {}
+        advice, following = self._look(batch)
+        self._looked = None
+        attention = self.attend(advice)
+        taught = self.taught(advice, attention)
+        metrics = self._update_selector(batch, attention, taught)
+        if self.settings.gate == "actor_critic":
+            metrics |= self._update_gate(batch, advice, following, taught.detach())
+        attention = attention.detach()
+        spread = -(attention * attention.clamp(min=1e-9).log()).sum(-1)
+        metrics["attention_entropy"] = agent_means(spread, batch.valid).mean()
+        metrics["gap"] = agent_means(self._gap(attention).expand_as(batch.reward), batch.valid).mean()
+        # One transfer from the device for all.
+        return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+    def _update_selector(self, batch: Batch, attention: Tensor, taught: Tensor) -> dict[str, Tensor]:
+        """Ascend Q_i(h_i, a^S): the gradient reaches the selector alone."""
+        value = agent_means(self.learner.value(batch, taught), batch.valid)
+        loss = -(value * self.teachers.any(-1)).sum() / self.teachers.any(-1).sum()
+        parameters = [p for p in self.selector.parameters() if p.requires_grad]
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = grad
+        self.selector_optimizer.step()
+        return {"taught_value": -loss.detach()}
+
+    def _update_gate(self, batch: Batch, advice: Advice, following: Tensor, taught: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            target = self._student_reward(batch, advice, taught)
+            if self.settings.student_reward == "return":
+                target = target + self.learner.settings.discount * ~batch.terminated * self.gate.value(following)
+        policy_loss, value_loss, entropy = self.gate.losses(
+            advice.context, batch.student, target, batch.valid, self.settings.gate_entropy
+        )
+        self.gate.update(policy_loss, value_loss)
+        return {
+            "gate_policy_loss": policy_loss.detach().mean(),
+            "gate_value_loss": value_loss.detach().mean(),
+            "gate_entropy": entropy.detach().mean(),
+        }
+
+    def _student_reward(self, batch: Batch, advice: Advice, taught: Tensor) -> Tensor:
+        """[B, T, N] what a step's mode earned. The critic's kinds hold the future already: nothing is added to them."""
+        kind = self.settings.student_reward
+        if kind == "return":
+            return batch.reward
+        if kind == "critic_gain":
+            return batch.student * self._gain(batch, advice, taught)
+        value = self.learner.value(batch, batch.action)
+        mean = agent_means(value, batch.valid)
+        self.value_mean = torch.lerp(self.value_mean, mean, VALUE_RATE) if self.value_mean.any() else mean
+        return (value > self.value_mean).float()
+
+    def _gain(self, batch: Batch, advice: Advice, taught: Tensor) -> Tensor:
+        """[B, T, N] how much higher the own critic values the taught action than the own."""
+        own = advice.actions.diagonal(dim1=-3, dim2=-2).movedim(-1, -2)
+        return self.learner.value(batch, self.learner.clamp(taught)) - self.learner.value(batch, own)
+
+    def _gap(self, attention: Tensor) -> Tensor:
+        """[..., N] z-score of (teachers' return - own return), teachers weighed by attention [..., N, N]."""
+        return (attention * self.returns.gap(self.settings.returns)).sum(-1)
+
+    def _look(self, batch: Batch) -> tuple[Advice, Tensor]:
+        """The advice on a batch, and the contexts that followed; the same for actor_loss and for update."""
+        # The learner may have replaced other tensors in between, but not this one.
+        if self._looked is None or self._looked[0] is not batch.student:
+            self._looked = batch.student, *self.teaching.on_batch(batch)
+        return self._looked[1:]
+
+    def selector_state(self) -> dict[str, Tensor]:
+        """The shared selector's weights, to be moved to any team by `load_selector`; `save_selector` writes a file."""
+        return {name: tensor.detach().clone() for name, tensor in self.selector.state_dict().items()}
+
+    def load_selector(self, state: Mapping[str, Tensor]) -> None:
+        """Begin with another team's selector. Raises UserError if its contexts or features are of other sizes."""
+        self.selector.load_state(state)
+        self.selector_optimizer = torch.optim.Adam(self.selector.parameters(), lr=self.settings.selector_lr)
+
+    def renew_agent(self, index: int) -> None:
+        """A newcomer takes this agent's place: its gate, its novelty and all that was measured of it begin anew."""
+        self.frames = self.frames.index_fill(0, torch.tensor([index], device=self.frames.device), 0)
+        self.gate.renew_agent(index)
+        self.returns.renew_agent(index)
+
+    def state_dict(self) -> dict[str, Any]:
+        modules = ("selector", "selector_optimizer", "gate", "returns", "teaching")
+        state = {name: getattr(self, name).state_dict() for name in modules}
+        return state | {"frames": self.frames, "value_mean": self.value_mean, "held": self.held.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in ("selector", "selector_optimizer", "gate", "returns", "teaching"):
+            getattr(self, name).load_state_dict(state[name])
+        device = self.value_mean.device
+        self.frames, self.value_mean = (state[name].to(device, copy=True) for name in ("frames", "value_mean"))
+        self.held.load_state_dict(state["held"], device)
+        self._attention = self._looked = None
+
+
+def distance_weights(spec: TeamSpec) -> Tensor:
+    """[N, A] that make a sum of squares the mean over an agent's own columns, in units of half the action range."""
+    mask = spec.action_mask
+    half = torch.ones(mask.shape) if spec.discrete else (spec.high - spec.low) / 2
+    return mask / mask.sum(-1, keepdim=True) / torch.where(mask, half, 1).square()
+
+
+def check_value_space(learner: "TeamLearner", settings: PATSettings) -> None:
+    """Raise UserError where weights cannot be mixed, and warn where they should not."""
+    if settings.value_space == "behaviour":
+        return
+    way_out = "set value_space to 'behaviour'"
+    if learner.settings.shared_weights:
+        raise UserError(f"shared_weights leaves one set of weights, and nothing to mix: {way_out}")
+    if learner.settings.memory.kind != "none":
+        raise UserError(f"the weights of a memory ({learner.settings.memory.kind}) cannot be mixed: {way_out}")
+    if not learner.settings.equal_start:
+        warnings.warn(
+            f"weights that began apart have no meaningful mean: set equal_start for the learner, or {way_out}",
+            stacklevel=3,
+        )

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from fulmen.checkpoint import save_model
 from fulmen.model import LanguageModel, ModelConfig
 from fulmen.ops.lightning import decay_rates, lightning_attention
-from fulmen.train.memory import keep_freed_memory
+from fulmen.run.memory import keep_freed_memory
 from machine import describe_machine, write_results
 
 BATCH, LENGTH = 8, 512

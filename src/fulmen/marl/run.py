@@ -1,6 +1,5 @@
 """A team's training run from recipe to checkpoint: what it leaves in its folder, how it stops and resumes."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,8 @@ from fulmen.run import (
     Snapshot,
     SnapshotStore,
     StopRequest,
+    keep_freed_memory,
+    only_if_begun,
     read_metrics,
     write_atomic,
 )
@@ -79,7 +80,8 @@ def train(
     Raises:
         UserError: anything the user can mend: the recipe, the world, a folder in use or already used, a full disk.
     """
-    with RunDirectory(path) as directory, _only_if_begun(directory), _threads(recipe.run.threads):
+    keep_freed_memory()
+    with RunDirectory(path) as directory, only_if_begun(directory), _threads(recipe.run.threads):
         store = SnapshotStore(directory.snapshots, keep=recipe.run.keep_snapshots)
         snapshot = _choose_snapshot(directory, store, recipe, resume)
         team = build_team(recipe, report)
@@ -122,19 +124,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(former)
-
-
-@contextmanager
-def _only_if_begun(directory: RunDirectory) -> Iterator[None]:
-    """If no run begins here, take away what entering the folder put there; other people's files stay."""
-    try:
-        yield
-    except BaseException:
-        if not directory.recipe.exists():
-            with contextlib.suppress(OSError):
-                (directory.path / "lock").unlink()
-                directory.path.rmdir()
-        raise
 
 
 def _choose_snapshot(

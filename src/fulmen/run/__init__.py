@@ -3,8 +3,9 @@
 The room knows nothing of models: a run is steps that go by, tensors by name and a state that JSON holds.
 """
 
-from fulmen.run.directory import RunDirectory
+from fulmen.run.directory import RunDirectory, only_if_begun
 from fulmen.run.files import write_atomic
+from fulmen.run.memory import keep_freed_memory
 from fulmen.run.metrics import MetricsLog, read_metrics
 from fulmen.run.plots import plot_curves
 from fulmen.run.progress import Progress
@@ -19,6 +20,8 @@ __all__ = [
     "SnapshotError",
     "SnapshotStore",
     "StopRequest",
+    "keep_freed_memory",
+    "only_if_begun",
     "plot_curves",
     "read_metrics",
     "write_atomic",

@@ -1,6 +1,9 @@
 """The folder of one run: where each thing lies, and the lock that keeps a second run out."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -47,3 +50,16 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._lock.close()
+
+
+@contextmanager
+def only_if_begun(directory: RunDirectory) -> Iterator[None]:
+    """If no run begins here, take away what entering the folder put there; other people's files stay."""
+    try:
+        yield
+    except BaseException:
+        if not directory.recipe.exists():
+            with contextlib.suppress(OSError):
+                (directory.path / "lock").unlink()
+                directory.path.rmdir()
+        raise

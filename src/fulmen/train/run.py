@@ -1,10 +1,8 @@
 """A training run from recipe to checkpoint: what it reads, what it leaves in its folder, how it stops and resumes."""
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +21,12 @@ from fulmen.run import (
     SnapshotError,
     SnapshotStore,
     StopRequest,
+    keep_freed_memory,
+    only_if_begun,
     plot_curves,
     read_metrics,
     write_atomic,
 )
-from fulmen.train.memory import keep_freed_memory
 from fulmen.train.recipe import DataSection, ModelSection, OptimizerSection, TrainRecipe
 from fulmen.train.trainer import Trainer, TrainingDivergedError
 
@@ -78,7 +77,7 @@ def train(
         UserError: anything the user can mend: the recipe, the data, a folder in use or already used, a full disk.
         TrainingDivergedError: a loss that is not finite; the message names the last good snapshot.
     """
-    with RunDirectory(path) as directory, _only_if_begun(directory):
+    with RunDirectory(path) as directory, only_if_begun(directory):
         store = SnapshotStore(directory.snapshots, keep=recipe.train.keep_snapshots)
         snapshot = _choose_snapshot(directory, store, recipe, resume)
         trainer, held_out, tokenizer = _prepare(recipe, directory, fresh=snapshot is None, report=report)
@@ -122,19 +121,6 @@ def plot_run(directory: RunDirectory) -> None:
             series[name] = tuple(zip(*points, strict=True))
     title = f"{directory.path.name}: loss per token"
     plot_curves(directory.plots / "loss.png", series, title=title, x_label="step", y_label="nats per token")
-
-
-@contextmanager
-def _only_if_begun(directory: RunDirectory) -> Iterator[None]:
-    """If no run begins here, take away what entering the folder put there; other people's files stay."""
-    try:
-        yield
-    except BaseException:
-        if not directory.recipe.exists():
-            with contextlib.suppress(OSError):
-                (directory.path / "lock").unlink()
-                directory.path.rmdir()
-        raise
 
 
 def _choose_snapshot(

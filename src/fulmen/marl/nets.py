@@ -32,6 +32,14 @@ def linear_parts(name: str, inputs: int, outputs: int) -> dict[str, Part]:
     return {f"{name}.weight": Part((outputs, inputs), bound), f"{name}.bias": Part((1, outputs), bound)}
 
 
+def perceptron_parts(prefix: str, widths: Sequence[int]) -> dict[str, Part]:
+    """The layers prefix0, prefix1, ... of a network of these widths, from its inputs to its outputs."""
+    parts = {}
+    for layer, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        parts |= linear_parts(f"{prefix}{layer}", inputs, outputs)
+    return parts
+
+
 def linear(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     """One layer of all sets: x [S, M, in] to [S, M, out]."""
     return torch.baddbmm(weights[f"{name}.bias"], x, weights[f"{name}.weight"].mT)
@@ -55,6 +63,13 @@ class Stack(nn.Module):
         for values, part in zip(self.flat.split(self.sizes, dim=1), self.parts.values(), strict=True):
             first = torch.rand(sets, values.shape[1]) * 2 - 1
             values.copy_(torch.ones_like(first) if part.bound is None else first * part.bound)
+
+    def places(self, prefix: str, widths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+        """Where the layers prefix0, prefix1, ... of `perceptron_parts` lie, as `run_layers` wants to know it."""
+        starts = dict(zip(self.parts, itertools.accumulate(self.sizes, initial=0), strict=False))
+        return tuple(
+            (starts[f"{prefix}{layer}.weight"], *sizes) for layer, sizes in enumerate(itertools.pairwise(widths))
+        )
 
     def unpack(self, *, frozen: bool = False) -> dict[str, Tensor]:
         """The parts by name, [S, *shape] each, as views; `frozen`: gradients pass through them and not into them."""
@@ -138,6 +153,14 @@ class _Layers(torch.autograd.Function):
         return d, d_flat, None
 
 
+def run_layers(x_SMI: Tensor, flat_SP: Tensor, layers: tuple[tuple[int, int, int], ...]) -> tuple[Tensor, Tensor]:
+    """Linear layers with ReLU between them: the outputs [S, M, out] and the last hidden layer [S, M, F].
+
+    layers: `Stack.places`, of the stack whose `flat` it is.
+    """
+    return _Layers.apply(x_SMI, flat_SP, layers)
+
+
 class Network(Stack):
     """A memory, and ReLU layers on its context: what it says, the observation and, in a shared set, who the agent is.
 
@@ -163,20 +186,12 @@ class Network(Stack):
         widths = (context_size + action_size, *hidden, outputs)
         parts = dict(memory.parts)
         for head in range(heads):
-            for layer, (inputs, outs) in enumerate(itertools.pairwise(widths)):
-                parts |= linear_parts(f"head{head}.layer{layer}", inputs, outs)
+            parts |= perceptron_parts(f"head{head}.layer", widths)
         super().__init__(parts, 1 if shared else agents, equal=equal, device=device)
         self.memory, self.context_size = memory, context_size
         self.agents, self.sets = agents, len(self.flat)
         self.one_hot = nn.Buffer(torch.eye(agents, device=device), persistent=False) if shared else None
-        starts = dict(zip(self.parts, itertools.accumulate(self.sizes, initial=0), strict=False))
-        self.heads = [
-            tuple(
-                (starts[f"head{head}.layer{layer}.weight"], *sizes)
-                for layer, sizes in enumerate(itertools.pairwise(widths))
-            )
-            for head in range(heads)
-        ]
+        self.heads = [self.places(f"head{head}.layer", widths) for head in range(heads)]
 
     def new_state(self, *lead: int) -> dict[str, Tensor]:
         """The memory at an episode's start: zeros [*lead, N, ...] by name."""
@@ -220,7 +235,7 @@ class Network(Stack):
         x_SMI = stacked[0] if len(stacked) == 1 else torch.cat(stacked, dim=-1)
         flat = self.flat.detach() if frozen else self.flat
         lead = (self.agents, *inputs[0].shape[:-2])
-        outputs, hidden = _Layers.apply(x_SMI, flat, self.heads[head])
+        outputs, hidden = run_layers(x_SMI, flat, self.heads[head])
         return tuple(y.reshape(*lead, y.shape[-1]).movedim(0, -2) for y in (outputs, hidden))
 
 

@@ -61,8 +61,7 @@ def test_a_new_perceptron_says_zero_and_renewing_touches_one():
 
 def test_losses_equal_the_formulas():
     gate = make_gate(agents=2)
-    for stack in (gate.policy, gate.critic):
-        torch.nn.init.normal_(stack.flat, std=0.5)
+    torch.nn.init.normal_(gate.net.flat, std=0.5)
     context, target = torch.randn(6, 1, 2, 2), torch.randn(6, 1, 2)
     student, valid = torch.rand(6, 1, 2) < 0.5, torch.ones(6, 1, 2, dtype=torch.bool)
     valid[0, 0, 1] = False
@@ -100,13 +99,12 @@ def test_the_gate_learns_in_which_contexts_to_be_a_student(shared):
 @pytest.mark.parametrize("certain", [True, False])
 def test_replayed_steps_push_no_mode_beyond_the_limit_and_the_gate_turns_back(certain):
     gate = make_gate()
-    bias = gate.policy.unpack(frozen=True)["layer1.bias"]
-    bias.fill_(5.0 if certain else -5.0)
+    gate.net.unpack(frozen=True)["layer1.bias"][:3].fill_(5.0 if certain else -5.0)
     context, student = torch.ones(32, 1, 3, 2), torch.arange(32).view(-1, 1, 1).expand(32, 1, 3) % 2 == 0
     for pays, moves in ((certain, False), (not certain, True)):
         target = (student == pays).float()
         policy_loss, value_loss, _ = gate.losses(context, student, target, torch.ones_like(student), 0.0)
-        (grad,) = torch.autograd.grad(policy_loss.sum(), gate.policy.flat, retain_graph=True)
+        (grad,) = torch.autograd.grad(policy_loss.sum(), gate.net.flat, retain_graph=True)
         assert grad.any().item() is moves
     gate.update(policy_loss, value_loss)
     assert (gate.logit(context).abs() < 5).all()
@@ -115,8 +113,7 @@ def test_replayed_steps_push_no_mode_beyond_the_limit_and_the_gate_turns_back(ce
 def test_renewing_an_agent_begins_its_gate_anew_but_not_a_shared_one():
     for shared in (False, True):
         gate = make_gate(shared=shared)
-        for stack in (gate.policy, gate.critic):
-            torch.nn.init.normal_(stack.flat)
+        torch.nn.init.normal_(gate.net.flat)
         before = gate.logit(torch.ones(3, 2))
         gate.renew_agent(1)
         after = gate.logit(torch.ones(3, 2))
@@ -187,12 +184,26 @@ def test_gap_in_deviations_of_single_episodes():
 def test_no_gap_without_a_difference_or_a_measurement():
     assert (measured([[2.0, 2.0], [2.0, 2.0]], [[0.0]]).gap() == 0).all()
     unmeasured = measured([[1.0, 9.0], [9.0, 1.0]], [[1.0]])
-    unmeasured.weight[0, 1] = 0
+    unmeasured.weight = torch.tensor([[50.0, 0.0], [50.0, 50.0]])
     assert unmeasured.gap("pair")[0, 1] == 0
     assert unmeasured.gap("pair")[1, 0] > 0
-    unmeasured.weight[1, 1] = 0
+    unmeasured.weight = torch.tensor([[50.0, 0.0], [50.0, 0.0]])
     assert (unmeasured.gap("pair") == 0).all()
     assert Returns(3).gap().isfinite().all()
+
+
+def test_the_gap_follows_what_is_measured():
+    returns = measured([[1.0, 1.0], [1.0, 9.0]], [[1.0]])
+    before = returns.gap()
+    assert returns.gap() is before
+    returns.observe(experience(torch.tensor([[90.0, 1.0]]), ended=True), torch.zeros(1, 2, 2))
+    assert returns.gap()[0, 1] < before[0, 1]
+    returns.load_state_dict(measured([[1.0, 1.0], [1.0, 1.0]], [[1.0]]).state_dict())
+    assert (returns.gap() == 0).all()
+    returns.mean = torch.tensor([[1.0, 1.0], [1.0, 9.0]])
+    assert returns.gap()[0, 1] > 0
+    returns.renew_agent(1)
+    assert (returns.gap() == 0).all()
 
 
 def test_spread_is_the_deviation_over_all_episodes():

@@ -35,7 +35,8 @@ def make(agents=3, *, discrete=False, sizes=None, learner=None, **settings):
 def last(net):
     """Weight and bias of a network's last layer, [N, ...] each, as views."""
     parts = net.unpack(frozen=True)
-    return parts[f"layer{net.last}.weight"], parts[f"layer{net.last}.bias"]
+    last = f"layer{len(net.layers) - 1}"
+    return parts[f"{last}.weight"], parts[f"{last}.bias"]
 
 
 def force(transfer, *, ask=None, say=None):

@@ -249,7 +249,7 @@ def test_the_selectors_gradient_reaches_the_selector_alone():
 @pytest.mark.parametrize("kind", ["return", "critic_gain", "value_gain"])
 def test_what_the_gate_learns_from(kind):
     pat, batch, told = make_pat(student_reward=kind), make_batch(), {}
-    torch.nn.init.normal_(pat.gate.critic.flat)
+    torch.nn.init.normal_(pat.gate.net.flat)
     learner, losses = pat.learner, pat.gate.losses
     advice, following = pat.teaching.on_batch(batch)
     taught = pat.taught(advice, pat.attend(advice)).detach()

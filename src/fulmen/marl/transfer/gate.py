@@ -3,7 +3,6 @@
 Letters: W worlds, N agents, i the student, j the teacher, C context, B sequences, T steps.
 """
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fulmen.marl.nets import Part, RowAdam, Stack, linear, linear_parts
+from fulmen.marl.nets import Part, RowAdam, Stack, perceptron_parts, run_layers
 from fulmen.marl.transfer.base import Experience
 
 
@@ -21,24 +20,20 @@ def agent_means(x: Tensor, valid: Tensor) -> Tensor:
 
 
 class StackedPerceptron(Stack):
-    """ReLU layers for every agent its own, or one network for all (num_agents=1). Their first output is 0."""
+    """ReLU layers for every agent its own, or one network for all (sets=1). Their first output is 0."""
 
-    def __init__(self, num_agents: int, sizes: tuple[int, ...], device: torch.device | str = "cpu"):
-        parts = {}
-        for layer, (before, after) in enumerate(itertools.pairwise(sizes)):
-            parts |= linear_parts(f"layer{layer}", before, after)
-        self.last = len(sizes) - 2
-        parts |= {name: Part(parts[name].shape, 0.0) for name in (f"layer{self.last}.weight", f"layer{self.last}.bias")}
-        super().__init__(parts, num_agents, device=device)
+    def __init__(self, sets: int, sizes: tuple[int, ...], device: torch.device | str = "cpu"):
+        parts, last = perceptron_parts("layer", sizes), f"layer{len(sizes) - 2}"
+        parts |= {name: Part(parts[name].shape, 0.0) for name in (f"{last}.weight", f"{last}.bias")}
+        super().__init__(parts, sets, device=device)
+        self.layers = self.places("layer", sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., N, in] -> [..., N, out]."""
-        weights, lead, own = self.unpack(), x.shape[:-1], len(self.flat) > 1
-        x = x.reshape(-1, *x.shape[-2:]).transpose(0, 1) if own else x.reshape(1, -1, x.shape[-1])
-        for layer in range(self.last):
-            x = linear(weights, f"layer{layer}", x).relu()
-        x = linear(weights, f"layer{self.last}", x)
-        return (x.transpose(0, 1) if own else x).reshape(*lead, -1)
+        lead, own = x.shape[:-1], len(self.flat) > 1
+        x = x.movedim(-2, 0).flatten(1, -2) if own else x.reshape(1, -1, x.shape[-1])
+        x, _ = run_layers(x, self.flat, self.layers)
+        return x.unflatten(1, lead[:-1]).movedim(0, -2) if own else x.view(*lead, -1)
 
     def renew(self, index: int) -> None:
         """Draw the weights of one network again."""
@@ -48,7 +43,8 @@ class StackedPerceptron(Stack):
 class StudentActorCritic(nn.Module):
     """pi_i(student | h_i) and V_i(h_i): learns from each step's reward whether to be a student in a state.
 
-    A network of one hidden layer each, every agent its own, or one for all (`shared`).
+    A network of one hidden layer each, every agent its own, or one for all (`shared`). All of them are rows of `net`,
+    policies before critics.
     """
 
     CLIP, LIMIT = 0.5, 0.02
@@ -57,35 +53,43 @@ class StudentActorCritic(nn.Module):
         self, num_agents: int, context_size: int, *, hidden: int, shared: bool, lr: float, device: torch.device
     ):
         super().__init__()
-        sets = 1 if shared else num_agents
-        self.policy = StackedPerceptron(sets, (context_size, hidden, 1), device)
-        self.critic = StackedPerceptron(sets, (context_size, hidden, 1), device)
-        self.optimizers = nn.ModuleList(RowAdam(stack, lr, self.CLIP) for stack in (self.policy, self.critic))
+        self.sets = 1 if shared else num_agents
+        self.net = StackedPerceptron(2 * self.sets, (context_size, hidden, 1), device)
+        self.optimizer = RowAdam(self.net, lr, self.CLIP)
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-odds of being a student in context [..., N, C], and its value: [..., N] both."""
+        return self._run(context, slice(None)).unbind()
 
     def logit(self, context: Tensor) -> Tensor:
         """[..., N] log-odds of being a student in context [..., N, C]."""
-        return self.policy(context).squeeze(-1)
+        return self._run(context, slice(self.sets))[0]
 
     def value(self, context: Tensor) -> Tensor:
         """[..., N]."""
-        return self.critic(context).squeeze(-1)
+        return self._run(context, slice(self.sets, None))[0]
+
+    def _run(self, context: Tensor, rows: slice) -> Tensor:
+        """[K, ..., N] outputs of these K x `sets` rows."""
+        flat = self.net.flat[rows]
+        x = context.movedim(-2, 0).reshape(self.sets, -1, context.shape[-1])
+        x = x.repeat(len(flat) // self.sets, 1, 1) if len(flat) > self.sets else x
+        outputs, _ = run_layers(x, flat, self.net.layers)
+        return outputs.view(-1, context.shape[-2], *context.shape[:-2]).movedim(1, -1)
 
     def update(self, policy_loss: Tensor, value_loss: Tensor) -> None:
         """One step on the losses [N]; each agent's is its own where weights are not shared."""
-        for stack, optimizer, loss in zip(
-            (self.policy, self.critic), self.optimizers, (policy_loss, value_loss), strict=True
-        ):
-            total = loss.mean() if len(stack.flat) == 1 else loss.sum()
-            (grad,) = torch.autograd.grad(total, stack.flat)
-            optimizer.step(stack, grad, range(len(stack.flat)))
+        loss = policy_loss + value_loss
+        (grad,) = torch.autograd.grad(loss.mean() if self.sets == 1 else loss.sum(), self.net.flat)
+        self.optimizer.step(self.net, grad, range(len(self.net.flat)))
 
     def renew_agent(self, index: int) -> None:
         """Begin from scratch for one agent; a shared gate stays as it is."""
-        if len(self.policy.flat) == 1:
+        if self.sets == 1:
             return
-        for stack, optimizer in zip((self.policy, self.critic), self.optimizers, strict=True):
-            stack.renew(index)
-            optimizer.reset(index)
+        for row in (index, self.sets + index):
+            self.net.renew(row)
+            self.optimizer.reset(row)
 
     def losses(
         self,
@@ -102,11 +106,10 @@ class StudentActorCritic(nn.Module):
         mixture that lived them as baseline, the gradient's sign is right without importance weights; but it does not
         vanish where the mode is nearly certain, so no step pushes a mode's probability beyond `LIMIT` (our choice).
         """
-        value = self.value(context)
+        logit, value = self(context)
         advantage = (target - value).detach()
         advantage = advantage - agent_means(advantage, valid)
         advantage = advantage / (agent_means(advantage.square(), valid).sqrt() + 1e-6)
-        logit = self.logit(context)
         log_student, log_self = functional.logsigmoid(logit), functional.logsigmoid(-logit)
         chosen = torch.where(student, log_student, log_self)
         entropy = agent_means(-(logit.sigmoid() * log_student + (-logit).sigmoid() * log_self), valid)
@@ -165,6 +168,7 @@ class Returns:
     def __init__(self, num_agents: int, *, window: int = 100, device: torch.device | str = "cpu"):
         self.window = window
         self.weight, self.mean, self.variance = torch.zeros(3, num_agents, num_agents, device=device)
+        self._measured: tuple | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -182,9 +186,11 @@ class Returns:
             student = experience.student[..., None]
             own = torch.eye(reward.shape[1], device=reward.device)
             self._share = self._share + torch.where(student, attention, own)
-        self._count_episodes(ended)
-        keep = ~ended[:, None]
-        self._reward, self._steps, self._share = self._reward * keep, self._steps * keep, self._share * keep[..., None]
+        if ended.any():
+            self._count_episodes(ended)
+            keep = ~ended[:, None]
+            self._reward, self._steps = self._reward * keep, self._steps * keep
+            self._share = self._share * keep[..., None]
 
     def _count_episodes(self, ended: Tensor) -> None:
         """Merge the means and variances of the episodes that ended [W] into the running ones."""
@@ -209,6 +215,13 @@ class Returns:
         it followed j. The deviation is the root of the mean of both variances (Cohen's d). Shrunk by n / (n + evidence)
         for n measured episodes; 0 where nothing is measured.
         """
+        # Asked for several times a step, and the same until an episode ends, when all three tensors are replaced.
+        asked = (self.weight, self.mean, self.variance, source, evidence)
+        if self._measured is None or any(a is not b for a, b in zip(asked, self._measured[0], strict=True)):
+            self._measured = asked, self._measure_gap(source, evidence)
+        return self._measured[1]
+
+    def _measure_gap(self, source: str, evidence: float) -> Tensor:
         mean, variance, weight = self.mean, self.variance, self.weight
         own_mean, own_variance, own_weight = (x.diagonal() for x in (mean, variance, weight))
         if source == "own":
@@ -229,9 +242,10 @@ class Returns:
         """Forget what was measured of an agent that has been replaced."""
         for x in (self.weight, self.mean, self.variance):
             x[index], x[:, index] = 0, 0
+        self._measured = None
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if name != "_measured"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         device = self.mean.device

@@ -10,7 +10,7 @@ Letters: W worlds, N agents, i the student, j the teacher, B sequences, T steps,
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class PAT(Transfer):
             bias_scale=s.bias_scale,
             learn_bias_scale=s.return_bias == "learned",
         ).to(device)
-        self.selector_optimizer = torch.optim.Adam(self.selector.parameters(), lr=s.selector_lr)
+        self.selector_optimizer = self._selector_adam()
         self.returns = Returns(count, window=s.return_window, device=device)
         self.bandit = Bandit(self.returns, self.teachers)
         self.gate = StudentActorCritic(
@@ -138,7 +138,7 @@ class PAT(Transfer):
         self.held = Held()
         self.has_teachers = bool(self.teachers.any())
         self._attention: Tensor | None = None
-        self._looked: tuple[Tensor, Advice, Tensor] | None = None
+        self._looked: _Look | None = None
         self._told_alone = False
         check_value_space(learner, s)
 
@@ -237,11 +237,10 @@ class PAT(Transfer):
         s = self.settings
         if s.internalise == "none" or not self.has_teachers:
             return None
+        look = self._look(batch)
+        taught = look.taught.detach()
         with torch.no_grad():
-            advice, _ = self._look(batch)
-            attention = self.attend(advice)
-            taught = self.taught(advice, attention)
-            beta = self.beta(batch, advice, attention, taught)
+            beta = self.beta(batch, look.advice, look.attention, taught)
         error = ((actions - taught).square() * self._dimensions).sum(-1)
         return s.internalise_weight * agent_means(beta * error, batch.valid)
 
@@ -258,21 +257,19 @@ class PAT(Transfer):
     def update(self, batch: Batch) -> dict[str, float]:
         if not self.has_teachers:
             return {}
-        advice, following = self._look(batch)
+        look = self._look(batch)
         self._looked = None
-        attention = self.attend(advice)
-        taught = self.taught(advice, attention)
-        metrics = self._update_selector(batch, attention, taught)
+        metrics = self._update_selector(batch, look.taught)
         if self.settings.gate == "actor_critic":
-            metrics |= self._update_gate(batch, advice, following, taught.detach())
-        attention = attention.detach()
+            metrics |= self._update_gate(batch, look)
+        attention = look.attention.detach()
         spread = -(attention * attention.clamp(min=1e-9).log()).sum(-1)
         metrics["attention_entropy"] = agent_means(spread, batch.valid).mean()
         metrics["gap"] = agent_means(self._gap(attention).expand_as(batch.reward), batch.valid).mean()
         # One transfer from the device for all.
         return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
-    def _update_selector(self, batch: Batch, attention: Tensor, taught: Tensor) -> dict[str, Tensor]:
+    def _update_selector(self, batch: Batch, taught: Tensor) -> dict[str, Tensor]:
         """Ascend Q_i(h_i, a^S): the gradient reaches the selector alone."""
         value = agent_means(self.learner.value(batch, taught), batch.valid)
         loss = -(value * self.teachers.any(-1)).sum() / self.teachers.any(-1).sum()
@@ -282,13 +279,13 @@ class PAT(Transfer):
         self.selector_optimizer.step()
         return {"taught_value": -loss.detach()}
 
-    def _update_gate(self, batch: Batch, advice: Advice, following: Tensor, taught: Tensor) -> dict[str, Tensor]:
+    def _update_gate(self, batch: Batch, look: "_Look") -> dict[str, Tensor]:
         with torch.no_grad():
-            target = self._student_reward(batch, advice, taught)
+            target = self._student_reward(batch, look.advice, look.taught)
             if self.settings.student_reward == "return":
-                target = target + self.learner.settings.discount * ~batch.terminated * self.gate.value(following)
+                target = target + self.learner.settings.discount * ~batch.terminated * self.gate.value(look.following)
         policy_loss, value_loss, entropy = self.gate.losses(
-            advice.context, batch.student, target, batch.valid, self.settings.gate_entropy
+            look.advice.context, batch.student, target, batch.valid, self.settings.gate_entropy
         )
         self.gate.update(policy_loss, value_loss)
         return {
@@ -318,12 +315,17 @@ class PAT(Transfer):
         """[..., N] z-score of (teachers' return - own return), teachers weighed by attention [..., N, N]."""
         return (attention * self.returns.gap(self.settings.returns)).sum(-1)
 
-    def _look(self, batch: Batch) -> tuple[Advice, Tensor]:
-        """The advice on a batch, and the contexts that followed; the same for actor_loss and for update."""
+    def _look(self, batch: Batch) -> "_Look":
+        """What the selector makes of a batch; the same for actor_loss and for update."""
         # The learner may have replaced other tensors in between, but not this one.
-        if self._looked is None or self._looked[0] is not batch.student:
-            self._looked = batch.student, *self.teaching.on_batch(batch)
-        return self._looked[1:]
+        if self._looked is None or self._looked.student is not batch.student:
+            advice, following = self.teaching.on_batch(batch)
+            attention = self.attend(advice)
+            self._looked = _Look(batch.student, advice, following, attention, self.taught(advice, attention))
+        return self._looked
+
+    def _selector_adam(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self.selector.parameters(), lr=self.settings.selector_lr, fused=True)
 
     def selector_state(self) -> dict[str, Tensor]:
         """The shared selector's weights, to be moved to any team by `load_selector`; `save_selector` writes a file."""
@@ -332,7 +334,7 @@ class PAT(Transfer):
     def load_selector(self, state: Mapping[str, Tensor]) -> None:
         """Begin with another team's selector. Raises UserError if its contexts or features are of other sizes."""
         self.selector.load_state(state)
-        self.selector_optimizer = torch.optim.Adam(self.selector.parameters(), lr=self.settings.selector_lr)
+        self.selector_optimizer = self._selector_adam()
 
     def renew_agent(self, index: int) -> None:
         """A newcomer takes this agent's place: its gate, its novelty and all that was measured of it begin anew."""
@@ -352,6 +354,16 @@ class PAT(Transfer):
         self.frames, self.value_mean = (state[name].to(device, copy=True) for name in ("frames", "value_mean"))
         self.held.load_state_dict(state["held"], device)
         self._attention = self._looked = None
+
+
+class _Look(NamedTuple):
+    """What the selector makes of a batch, with its graph."""
+
+    student: Tensor  # [B, T, N] of the batch
+    advice: Advice
+    following: Tensor  # [B, T, N, C] the contexts after the steps
+    attention: Tensor  # [B, T, N, N]
+    taught: Tensor  # [B, T, N, A]
 
 
 def distance_weights(spec: TeamSpec) -> Tensor:

@@ -149,10 +149,11 @@ class TeacherSelector(nn.Module):
 
         teachers [N, N] bool says who may teach whom; a student without any gets a row of zeros. bias: [N, N].
         """
-        query = torch.einsum("...ic,hcd->...ihd", context, self.query)
+        lead, heads = context.shape[:-1], len(self.query)
         # The query meets W_k first: no key of every pair is ever stored.
-        query = torch.einsum("...ihd,hfd->...ihf", query, self.key) * self.key.shape[-1] ** -0.5
-        scores = torch.einsum("...ihf,...ijf->...hij", query, features)
+        both = (self.query @ self.key.mT).movedim(0, 1).flatten(1) * self.key.shape[-1] ** -0.5
+        query = (context.flatten(0, -2) @ both).unflatten(1, (heads, -1))
+        scores = torch.bmm(query, features.flatten(0, -3).mT).view(*lead, heads, -1).transpose(-2, -3)
         if bias is not None:
             scores = scores + self.bias_scale * bias
         # A finite number, since a row of infinities has no softmax and no gradient.

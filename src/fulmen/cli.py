@@ -202,9 +202,17 @@ def _add_marl(verbs) -> None:
         "fulmen marl compare marl/sparse --methods none,pat --seeds 10 --workers 2",
     )
     parser.add_argument("recipe", help="a TOML file, or the name of a shipped recipe")
-    parser.add_argument("--methods", default="none,pat", help="names with commas between (default: none,pat)")
+    parser.add_argument("--methods", help="names with commas between (default: none,pat; without them with --variant)")
+    parser.add_argument(
+        "--variant",
+        metavar="'NAME A.B=VALUE ...'",
+        action="append",
+        default=[],
+        help="a method of your own: a name, and keys of the recipe to override; may be given several times",
+    )
+    parser.add_argument("--baseline", metavar="NAME", default="none", help="method to compare with (default: none)")
     parser.add_argument("--seeds", type=_count, default=10, help="runs of each method (default: 10)")
-    parser.add_argument("--workers", type=_count, default=2, help="processes at a time (default: 2)")
+    parser.add_argument("--workers", type=_count, help="processes at a time (default: one a core)")
     _recipe_arguments(parser, "runs/marl/NAME-OF-RECIPE-compare")
     parser = _verb(
         verbs, "render", _marl_render, "draw an episode of a trained team", "fulmen marl render runs/marl/sparse"
@@ -420,13 +428,27 @@ def _marl_train(arguments: argparse.Namespace) -> int:
 
 def _marl_compare(arguments: argparse.Namespace) -> int:
     from fulmen.marl import MarlRecipe
-    from fulmen.marl.compare import compare
+    from rich.console import Console
+
+    from fulmen.marl.compare import WIDTH, compare, parse_variant
 
     recipe = load_recipe(arguments.recipe, MarlRecipe, arguments.set)
     folder = arguments.dir or Path("runs/marl") / f"{Path(arguments.recipe).stem}-compare"
-    methods = [name.strip() for name in arguments.methods.split(",")]
-    comparison = compare(recipe, folder, methods=methods, seeds=arguments.seeds, workers=arguments.workers)
-    print(f"{comparison}\n\ntables, curves and plots: {folder}")
+    named = arguments.methods or ("" if arguments.variant else "none,pat")
+    methods = [name.strip() for name in named.split(",") if name.strip()]
+    methods += map(parse_variant, arguments.variant)
+    comparison = compare(
+        recipe,
+        folder,
+        methods=methods,
+        seeds=arguments.seeds,
+        workers=arguments.workers,
+        baseline=arguments.baseline,
+    )
+    console = Console()
+    # A table that a file keeps or a pipe takes is not cut to a terminal's width.
+    console.print(comparison, width=console.width if console.is_terminal else WIDTH)
+    print(f"\ntables, curves and plots: {folder}")
     return 1 if comparison.failures else 0
 
 

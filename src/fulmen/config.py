@@ -4,13 +4,14 @@ A room describes its settings as a dataclass; this module knows none of them. A 
 or a missing file becomes one `UserError` that names the key and the way out.
 """
 
+import copy
 import dataclasses
 import difflib
 import os.path
 import reprlib
 import tomllib
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -71,11 +72,27 @@ def load_recipe(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
     path = find_recipe(path)
     table = _read_toml(path)
     for override in overrides:
-        _apply_override(table, override)
+        _set_key(table, *parse_override(override))
     try:
         return _build_section(schema, table, "")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def change_recipe(recipe: T, changes: Mapping[str, Any]) -> T:
+    """A copy of a recipe with other values under keys such as `train.steps`, checked as `load_recipe` checks them."""
+    table = copy.deepcopy(_as_plain(recipe))
+    for name, value in changes.items():
+        _set_key(table, name, value)
+    return _build_section(type(recipe), table, "")
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """The key and the value of `train.steps=200`; the value is read as TOML or else is a string."""
+    name, equals, text = override.partition("=")
+    if not equals or not all(part.strip() for part in name.split(".")):
+        raise UserError(f"override {override!r} must read section.key=value")
+    return name, _parse_value(text.strip())
 
 
 def dump_recipe(recipe: Any) -> str:
@@ -94,21 +111,18 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"recipe {path} is not valid TOML: {_one_line(error)}") from None
 
 
-def _apply_override(table: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
+def _set_key(table: dict[str, Any], name: str, value: Any) -> None:
     *sections, key = keys = [part.strip() for part in name.split(".")]
-    if not equals or not all(keys):
-        raise UserError(f"override {override!r} must read section.key=value")
     for depth, section in enumerate(sections, start=1):
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise UserError(
-                f"override {override!r}: {'.'.join(keys[:depth])} is a value, not a section; set it as a whole"
+                f"override of {name!r}: {'.'.join(keys[:depth])} is a value, not a section; set it as a whole"
             )
-    table[key] = _parse_override(text.strip())
+    table[key] = value
 
 
-def _parse_override(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

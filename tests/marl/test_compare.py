@@ -142,9 +142,9 @@ def test_an_override_changes_one_key_deep_in_a_copy(trainer):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"learner.sise": 2}, "method x: learner.sise: there is no sise; known are equal_start, size"),
-        ({"learner.size.deep": 2}, "there is no deep; known are no keys"),
-        ({"learner.size": 0}, "method x: learner.size: size must be at least 1, got 0"),
+        ({"learner.sise": 2}, "method x: unknown key learner.sise; did you mean learner.size?"),
+        ({"learner.size.deep": 2}, "method x: override of 'learner.size.deep': learner.size is a value, not a section"),
+        ({"learner.size": 0}, "method x: learner: size must be at least 1, got 0"),
     ],
 )
 def test_an_override_that_does_not_fit_is_refused(trainer, overrides, message):
@@ -330,7 +330,7 @@ def test_the_table_is_printed():
     assert "sparse, 200 frames: own policies only" in text
     line = next(line.split() for line in text.splitlines() if line.strip().startswith("pat "))
     assert " ".join(line[:3]) == "pat 10 2.45"
-    assert " ".join(line[5:]) == "+1.00 [+1.00, +1.00] +69% 10/10 4.45 150"
+    assert " ".join(line[5:]) == "+1.00 [+1.00, +1.00] +69% 10/10 0/3 4.45 150"
     # Half of these runs get there, and none of those.
     assert "some (5/10)" in text
     assert " never " in text

@@ -141,8 +141,10 @@ def test_continuous_actions_fill_their_bounds_and_stay_within():
     ends = space.scale(torch.tensor([-30.0, 30.0])[:, None, None].expand(2, 2, 3))
     torch.testing.assert_close(ends[0], spec.low)
     torch.testing.assert_close(ends[1], spec.high)
+    assert torch.equal(space.unit(ends).abs().amax(0), spec.action_mask.float())
     middle = space.scale(torch.zeros(2, 3))
     torch.testing.assert_close(middle, (spec.low + spec.high) / 2)
+    assert (space.unit(middle) == 0).all()
     for actions in (
         space.clamp(100 * torch.randn(500, 2, 3)),
         space.explore(middle.expand(500, 2, 3)),

@@ -89,8 +89,9 @@ def begin_from(team: Team, recipe: MarlRecipe) -> None:
     """
     settings, spec = recipe.run, team.environment.spec
     if settings.from_run is not None:
-        trained = load_team(settings.from_run)
-        _check_alike(spec, trained.world.spec, settings.from_run)
+        path = _of_seed(settings.from_run, settings.seed)
+        trained = load_team(path)
+        _check_alike(spec, trained.world.spec, path)
         for agent in set(range(spec.num_agents)) - set(settings.newcomers):
             team.learner.load_agent(agent, trained.learner.agent_state(agent))
         if isinstance(team.transfer, PAT) and trained.recipe.transfer == recipe.transfer:
@@ -100,12 +101,16 @@ def begin_from(team: Team, recipe: MarlRecipe) -> None:
             for agent in settings.newcomers:
                 team.transfer.renew_agent(agent)
     if settings.selector_from is not None:
-        trained = load_team(settings.selector_from)
+        path = _of_seed(settings.selector_from, settings.seed)
+        trained = load_team(path)
         if not (isinstance(team.transfer, PAT) and isinstance(trained.transfer, PAT)):
-            raise UserError(
-                f"selector_from moves a selector from PAT to PAT; {settings.selector_from} or this is not PAT"
-            )
+            raise UserError(f"selector_from moves a selector from PAT to PAT; {path} or this is not PAT")
         team.transfer.load_selector(trained.transfer.selector_state())
+
+
+def _of_seed(path: str, seed: int) -> str:
+    """So that each run of a comparison can begin from a run of its own seed."""
+    return path.replace("{seed}", f"{seed}")
 
 
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], int]:

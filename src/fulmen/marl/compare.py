@@ -5,7 +5,8 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -17,14 +18,13 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from fulmen.config import UserError
+from fulmen.config import UserError, change_recipe, parse_override
 from fulmen.marl import plots
 from fulmen.marl.export import RunCurves, describe_machine, read_curves, write_csv, write_curves_csv, write_marl_eval
 from fulmen.marl.parallel import Failure, Job, Outcome, Train, run_jobs
 from fulmen.marl.statistics import (
     Estimate,
     Score,
-    area_under_curve,
     interquartile_mean,
     score_curves,
 )
@@ -32,6 +32,12 @@ from fulmen.run import RunDirectory, write_atomic
 
 WAYS = {"transfer": "acting with transfer", "own": "own policies only"}
 """The two ways of acting that are always reported apart, and their names."""
+
+WIDTH = 130
+"""Columns of a table in plain text."""
+
+TRAINED = 0.95
+"""Share of the way to the trained agents' return at which a newcomer counts as trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +57,10 @@ class Method:
         # The options of a recipe's transfer are those of the method that it names, and mean nothing to another.
         if changes.get("transfer.name", base.transfer.name) != base.transfer.name:
             changes = {"transfer.options": {}} | changes
-        for key, value in changes.items():
-            base = _replace(base, key.split("."), value, f"method {self.name}: {key}")
-        return base
+        try:
+            return change_recipe(base, changes)
+        except UserError as error:
+            raise UserError(f"method {self.name}: {error}") from None
 
 
 def _method(name: str, transfer: str = "none", **learner: bool) -> Method:
@@ -85,6 +92,15 @@ def find_method(name: str) -> Method:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"unknown method {name!r}{hint} (known: {', '.join(methods)})")
     return methods[name]
+
+
+def parse_variant(text: str) -> Method:
+    """A method of one's own from `NAME KEY=VALUE ...`, each a key of the recipe, as `--set` takes it.
+
+    Raises `UserError` for a name that cannot be one, or a word that is no override.
+    """
+    name, *overrides = shlex.split(text) or [""]
+    return Method(name=name, overrides=dict(map(parse_override, overrides)))
 
 
 def run_methods(
@@ -122,24 +138,6 @@ def _run_folder(folder: str | Path, method: str, seed: int) -> Path:
     return Path(folder) / method / f"seed-{seed}"
 
 
-def _replace(section: Any, keys: Sequence[str], value: Any, name: str) -> Any:
-    """A copy of a recipe, or of a section of one, with another value under a path of keys."""
-    key, *rest = keys
-    if isinstance(section, dict):
-        return section | {key: _replace(section.get(key, {}), rest, value, name) if rest else value}
-    known = [field.name for field in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
-    if key not in known:
-        raise UserError(f"{name}: there is no {key}; known are {', '.join(known) or 'no keys'}")
-    try:
-        return dataclasses.replace(
-            section, **{key: _replace(getattr(section, key), rest, value, name)} if rest else {key: value}
-        )
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One method in the table, in both ways of acting."""
@@ -165,7 +163,8 @@ class Comparison:
         lines = [f"{failure.method}, seed {failure.seed} failed: {failure.error}" for failure in self.failures]
         notes = (
             "Interquartile means over seeds with 95 % bootstrap intervals. Area: mean return over the frames.",
-            f"Against {self.baseline}: paired by seed, of the areas; bold where the interval leaves out zero.",
+            f"Against {self.baseline}: paired by seed, of the areas; bold where the interval leaves out zero. Worse at: "
+            "evaluations at which the paired difference's interval lies below zero.",
             ", ".join(f"{key} {value}" for key, value in self.machine.items()),
         )
         return Group(
@@ -173,7 +172,7 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        console = Console(file=StringIO(), width=120, color_system=None)
+        console = Console(file=StringIO(), width=WIDTH, color_system=None)
         console.print(self)
         return console.file.getvalue().rstrip()
 
@@ -188,7 +187,7 @@ class Comparison:
             title_style="bold",
         )
         table.add_column("method")
-        ahead = ("runs", "area under curve", f"against {self.baseline}", "", "wins", "final return")
+        ahead = ("runs", "area under curve", f"against {self.baseline}", "", "wins", "worse at", "final return")
         for heading in (*ahead, f"frames to {self.threshold:,.{digits}f}"):
             table.add_column(heading, justify="right")
         for row in self.rows:
@@ -197,19 +196,21 @@ class Comparison:
 
 
 def _cells(score: Score, digits: int) -> list[Text | str]:
-    against, relative, wins = "", "", ""
+    against, relative, wins, worse = "", "", "", ""
     if score.versus is not None:
         difference = score.versus.difference
         style = "bold green" if difference.low > 0 else "bold red" if difference.high < 0 else ""
         against = Text(_interval(difference, f"+,.{digits}f"), style=style)
         relative = f"{score.versus.relative.value:+.0%}" if math.isfinite(score.versus.relative.value) else ""
         wins = f"{score.versus.wins}/{score.versus.pairs}"
+    if score.worse is not None:
+        worse = f"{score.worse}/{score.evaluations}"
     steps = f"{score.steps.value:,.0f}" if math.isfinite(score.steps.value) else "never"
     if 0 < score.reached < score.runs:
         # Where too few runs get there, the interquartile mean is infinite.
         steps = f"{steps.replace('never', 'some')} ({score.reached}/{score.runs})"
     area, final = _interval(score.area, f",.{digits}f"), f"{score.final.value:,.{digits}f}"
-    return [f"{score.runs}", area, against, relative, wins, final, steps]
+    return [f"{score.runs}", area, against, relative, wins, worse, final, steps]
 
 
 def _interval(estimate: Estimate, layout: str) -> str:
@@ -227,8 +228,8 @@ def summarise(
 ) -> Comparison:
     """Compare finished runs, by method and seed, with the `baseline`; without its runs, with the first method.
 
-    `threshold` is a return; None takes the interquartile mean of the baseline's last own return, so that the frames to
-    it say how much sooner others are where the baseline ends.
+    `threshold` is a return, such as `trained_level` for newcomers; None takes the interquartile mean of the baseline's
+    last own return, so that the frames to it say how much sooner others are where the baseline ends.
 
     Raises `UserError` for no runs, or runs evaluated at different frames.
     """
@@ -242,12 +243,11 @@ def summarise(
             if not np.array_equal(curves.frames, frames):
                 raise UserError(f"{name}, seed {seed} was evaluated at other frames than {baseline}: train it anew")
     if threshold is None:
-        threshold = float(interquartile_mean([curves.own[-1] for curves in runs[baseline].values()]))
+        threshold = _middle(curves.own[-1] for curves in runs[baseline].values())
 
     def score(name: str, way: str) -> Score:
-        areas = {seed: area_under_curve(frames, getattr(curves, way)) for seed, curves in runs[baseline].items()}
         values = [getattr(curves, way) for curves in runs[name].values()]
-        other = None if name == baseline else areas
+        other = None if name == baseline else {seed: getattr(run, way) for seed, run in runs[baseline].items()}
         return score_curves(frames, values, threshold=threshold, seeds=list(runs[name]), baseline=other)
 
     rows = tuple(Row(method=name, **{way: score(name, way) for way in WAYS}) for name in runs)
@@ -262,6 +262,22 @@ def summarise(
     )
 
 
+def trained_level(runs: Mapping[str, Mapping[int, RunCurves]]) -> float | None:
+    """What newcomers are to reach: `TRAINED` of the way from their first own return to that of the agents they join.
+
+    Interquartile means over all runs; None for runs without others.
+    """
+    curves = [run for seeds in runs.values() for run in seeds.values()]
+    if not curves or any(run.others is None for run in curves):
+        return None
+    first, others = _middle(run.own[0] for run in curves), _middle(run.others[0] for run in curves)
+    return first + TRAINED * (others - first)
+
+
+def _middle(values: Iterable[float]) -> float:
+    return float(interquartile_mean(list(values)))
+
+
 def compare(
     recipe: Any,
     folder: str | Path,
@@ -270,13 +286,15 @@ def compare(
     seeds: int | Sequence[int] = 10,
     workers: int | None = None,
     train: Train | None = None,
+    baseline: str = "none",
     threshold: float | None = None,
     file: TextIO | None = None,
 ) -> Comparison:
     """Train every method with every seed as `run_methods` does, then compare the runs that came to their end.
 
     `methods` are names of `METHODS` or methods of your own, `seeds` a list, or how many from 0 on. Leaves in `folder`
-    the table (comparison.json and .csv), all evaluations (curves.csv, marl_eval.json) and plots.
+    the table (comparison.json and .csv), all evaluations (curves.csv, marl_eval.json) and plots. Of a recipe with
+    newcomers the returns are theirs, and the threshold is the `trained_level`, if no other is given.
 
     Raises:
         UserError: as `run_methods` and `summarise`.
@@ -289,9 +307,10 @@ def compare(
         raise KeyboardInterrupt
     failures = outcome.failures
     failed = {(failure.method, failure.seed) for failure in failures}
+    newcomers = getattr(recipe.run, "newcomers", ())
     runs = {
         method.name: {
-            seed: read_curves(RunDirectory(_run_folder(folder, method.name, seed)).metrics)
+            seed: read_curves(RunDirectory(_run_folder(folder, method.name, seed)).metrics, newcomers)
             for seed in seeds
             if (method.name, seed) not in failed
         }
@@ -299,8 +318,17 @@ def compare(
     }
     if len(failures) == len(methods) * len(seeds):
         raise UserError(f"every run failed, {failures[0].method} with seed {failures[0].seed}: {failures[0].error}")
-    comparison = summarise(runs, title=folder.name, threshold=threshold, failures=failures)
+    level = trained_level(runs)
+    comparison = summarise(
+        runs,
+        title=f"{folder.name}, the newcomers" if newcomers else folder.name,
+        baseline=baseline,
+        threshold=level if threshold is None else threshold,
+        failures=failures,
+    )
     _save(comparison, runs, folder)
+    if level is not None:
+        _draw_newcomers(comparison, runs, folder / "plots")
     return comparison
 
 
@@ -334,6 +362,24 @@ def _draw(comparison: Comparison, runs: Mapping[str, Mapping[int, RunCurves]], f
         plots.plot_student_share(path, shares, title=f"{title}: student share", highlight="pat")
     for name, seeds in runs.items():
         _draw_attention(folder, f"{title}, {name}: attention", name, list(seeds.values()))
+
+
+def _draw_newcomers(comparison: Comparison, runs: Mapping[str, Mapping[int, RunCurves]], folder: Path) -> None:
+    """A picture for each method: how soon the newcomer is trained, beside the baseline, which is alone."""
+    series = {
+        name: (next(iter(seeds.values())).frames, [run.own for run in seeds.values()])
+        for name, seeds in runs.items()
+        if seeds
+    }
+    alone = series.pop(comparison.baseline, None)
+    for name, team in series.items() if alone else ():
+        plots.plot_newcomer(
+            folder / f"newcomer_{name}.png",
+            team,
+            alone,
+            trained=comparison.threshold,
+            title=f"{comparison.title}: {name} beside {comparison.baseline}",
+        )
 
 
 def _draw_attention(folder: Path, title: str, name: str, runs: Sequence[RunCurves]) -> None:

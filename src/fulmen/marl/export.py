@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -31,14 +31,16 @@ class RunCurves:
     student_share: np.ndarray  # of the actions since the evaluation before, how many were others' advice
     # [P, N, N] mean attention over the same time; None where there are no teachers.
     attention: np.ndarray | None = None
+    others: np.ndarray | None = None  # mean own return of the agents that `own` leaves out; None where it has all
 
 
-def read_curves(metrics: str | Path) -> RunCurves:
+def read_curves(metrics: str | Path, agents: Sequence[int] = ()) -> RunCurves:
     """Read the evaluations of a run from its `metrics.jsonl`: the lines with an `own_return`.
 
     Such a line has `frames` too and, where the method has transfer, `pat_return`. `student_share` and `attention` may
     stand there or in lines of their own: an evaluation has the mean of those since the one before, nan for none. A
-    list, such as a return for each agent, counts as its mean.
+    list, such as a return for each agent, counts as its mean. With `agents`, returns are the mean of theirs alone, from
+    `own_returns` and `pat_returns`.
 
     Raises `UserError` for an unreadable file or one without evaluations.
     """
@@ -56,12 +58,20 @@ def read_curves(metrics: str | Path) -> RunCurves:
     def column(key: str, otherwise: str) -> np.ndarray:
         return np.array([np.mean(line.get(key, line.get(otherwise))) for line in lines], float)
 
+    chosen, others = list(agents), None
+    if chosen:
+        own, transfer = (np.array([line[f"{way}_returns"] for line in lines], float) for way in ("own", "pat"))
+        left = np.delete(own, chosen, axis=1)
+        own, transfer, others = own[:, chosen].mean(1), transfer[:, chosen].mean(1), left.mean(1) if left.size else None
+    else:
+        own, transfer = column("own_return", "own_return"), column("pat_return", "own_return")
     return RunCurves(
         frames=column("frames", "step"),
-        own=column("own_return", "own_return"),
-        transfer=column("pat_return", "own_return"),
+        own=own,
+        transfer=transfer,
         student_share=np.array(shares, float),
         attention=_stack(attentions),
+        others=others,
     )
 
 

@@ -319,6 +319,12 @@ class ActionSpace(nn.Module):
         best = actions.masked_fill(~self.mask, -torch.inf).argmax(dim=-1)
         return F.one_hot(best, self.mask.shape[1]).to(actions.dtype)
 
+    def unit(self, actions: Tensor) -> Tensor:
+        """Continuous: in units of half the range, from its centre; 0 where there is no range. Discrete: as they are."""
+        if self.discrete:
+            return actions
+        return torch.where(self.reach > 0, (actions - self.centre) / self.reach, 0)
+
     def explore(self, actions: Tensor) -> Tensor:
         """With noise: Gaussian, in units of half the range; discrete choices are drawn anew with that probability."""
         if not self.discrete:

@@ -40,7 +40,7 @@ class RunSection:
     seed: int = 0
     device: str = "cpu"  # small networks are fastest there
     threads: int = 1  # of a CPU; for small networks waiting for each other takes longer than the work
-    from_run: str | None = None  # begin with the weights of this run's team
+    from_run: str | None = None  # begin with the weights of this run's team; {seed} in its name stands for run.seed
     newcomers: tuple[int, ...] = ()  # agents that begin from scratch all the same, counted from 0
     freeze: bool = False  # the others learn no more
     selector_from: str | None = None  # begin with the attention teacher selector of this run, of a team of any size

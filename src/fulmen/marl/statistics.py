@@ -46,6 +46,8 @@ class Score:
     steps: Estimate  # frames to the threshold; inf where too few runs reach it
     reached: int  # runs that reach it
     versus: PairedComparison | None  # of the areas with the baseline's; None without one
+    worse: int | None  # evaluations at which the paired difference lies below zero with all of its interval
+    evaluations: int
 
 
 def interquartile_mean(scores: ArrayLike, axis: int | None = None) -> np.ndarray:
@@ -156,23 +158,31 @@ def score_curves(
     *,
     threshold: float,
     seeds: Sequence[int],
-    baseline: Mapping[int, float] | None = None,
+    baseline: Mapping[int, ArrayLike] | None = None,
 ) -> Score:
     """Score the curves (frames [P], values [R, P]) of runs with these R seeds.
 
-    `baseline` has the area of another method's run by seed: the seeds that both have are compared.
+    `baseline` has the values [P] of another method's run by seed: the seeds that both have are compared.
     """
     values = np.asarray(values, float)
-    areas = {seed: area_under_curve(frames, run) for seed, run in zip(seeds, values, strict=True)}
+    curves = dict(zip(seeds, values, strict=True))
+    areas = {seed: area_under_curve(frames, run) for seed, run in curves.items()}
     steps = [steps_to_threshold(frames, run, threshold) for run in values]
     shared = [seed for seed in areas if seed in (baseline or {})]
+    versus = worse = None
+    if shared:
+        versus = compare_paired([areas[s] for s in shared], [area_under_curve(frames, baseline[s]) for s in shared])
+        differences = np.array([curves[s] - np.asarray(baseline[s], float) for s in shared])
+        worse = int((curve_intervals(differences)[2] < 0).sum()) if len(shared) > 1 else None
     return Score(
         runs=len(values),
         area=bootstrap_interval(list(areas.values())),
         final=bootstrap_interval(values[:, -1]),
         steps=bootstrap_interval(steps),
         reached=int(np.isfinite(steps).sum()),
-        versus=compare_paired([areas[s] for s in shared], [baseline[s] for s in shared]) if shared else None,
+        versus=versus,
+        worse=worse,
+        evaluations=values.shape[1],
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from fulmen.config import UserError
 from fulmen.marl.learner import LearnerSettings, TeamLearner
 from fulmen.marl.memory import MemorySettings
+from fulmen.marl.nets import ActionSpace
 from fulmen.marl.replay import Batch
 from fulmen.marl.spec import TeamSpec
 from fulmen.marl.state import join_state, split_state
@@ -510,11 +511,13 @@ def test_learner_and_pat_learn_together(memory, discrete):
 class ToyLearner(nn.Module):
     """Teacher j always does action j; whom student i should follow depends on the sign that it sees.
 
-    A stand-in for `TeamLearner` in which the critics are right from the beginning.
+    Or on nothing that it sees, if it is `blind`. A stand-in for `TeamLearner` in which the critics are right from the
+    beginning.
     """
 
-    def __init__(self, spec):
+    def __init__(self, spec, blind=False):
         super().__init__()
+        self.blind, self.space = blind, ActionSpace(spec, 0.1, 1.0, "cpu")
         self.spec, self.num_agents, self.context_size, self.feature_size = spec, AGENTS, 2 * AGENTS, AGENTS
         self.settings = SimpleNamespace(discount=0.9, shared_weights=False, memory=SimpleNamespace(kind="none"))
         self.scale = nn.Parameter(torch.ones(()))
@@ -523,11 +526,12 @@ class ToyLearner(nn.Module):
 
     def right(self, observation):
         """[..., N] the right teacher."""
-        return (torch.arange(AGENTS) + torch.where(observation[..., 0] > 0, 1, 2)) % AGENTS
+        return (torch.arange(AGENTS) + torch.where((observation[..., 0] > 0) | self.blind, 1, 2)) % AGENTS
 
     def contexts(self, batch):
         positive = (batch.observation[..., :1] > 0).float()
         context = torch.cat((positive * torch.eye(AGENTS), (1 - positive) * torch.eye(AGENTS)), dim=-1)
+        context = torch.zeros_like(context) if self.blind else context
         return context[:, :-1], context[:, 1:]
 
     def new_state(self, num_worlds, teachers=False):
@@ -548,9 +552,10 @@ class ToyLearner(nn.Module):
         return actions.clamp(-1, 1)
 
 
-def test_attention_finds_the_right_teacher_in_a_few_hundred_updates():
+@pytest.mark.parametrize("blind", [False, True], ids=["by what it sees", "by who it is"])
+def test_attention_finds_the_right_teacher_in_a_few_hundred_updates(blind):
     torch.manual_seed(0)
-    learner = ToyLearner(make_spec())
+    learner = ToyLearner(make_spec(), blind)
     pat = PAT(learner, PATSettings(selector_lr=1e-2))
     for _ in range(250):
         pat.update(make_batch(size=32))

@@ -21,7 +21,7 @@ from fulmen.marl.transfer.selector import (
     teacher_mask,
 )
 
-CONTEXT, FEATURES = 5, 7
+CONTEXT, POLICIES = 5, 7
 
 
 def make_spec(agents=3, observations=None, actions=None, discrete=False):
@@ -37,21 +37,21 @@ def everybody(agents):
 
 
 def inputs(*lead, agents=3):
-    return torch.randn(*lead, agents, CONTEXT), torch.randn(*lead, agents, agents, FEATURES)
+    return torch.randn(*lead, agents, CONTEXT), torch.randn(*lead, agents, agents, POLICIES)
 
 
-def attention_by_loops(selector, context, features, teachers, bias):
+def attention_by_loops(selector, context, policies, teachers, bias):
     """One world: alpha [N][N]."""
     heads, _, size = selector.query.shape
     agents = len(context)
     alpha = torch.zeros(agents, agents)
     for head in range(heads):
         for i in range(agents):
-            q = context[i] @ selector.query[head].detach()
+            q = torch.cat((context[i], policies[i, i])) @ selector.query[head].detach()
             score = {}
             for j in range(agents):
                 if teachers[i, j]:
-                    k = features[i, j] @ selector.key[head]
+                    k = policies[i, j] @ selector.key[head]
                     score[j] = math.exp((q @ k).item() / math.sqrt(size) + (selector.bias_scale * bias[i, j]).item())
             for j in score:
                 alpha[i, j] += score[j] / sum(score.values()) / heads
@@ -60,29 +60,29 @@ def attention_by_loops(selector, context, features, teachers, bias):
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_attention_equals_loops(heads):
-    selector = TeacherSelector(CONTEXT, FEATURES, size=4, heads=heads, bias_scale=0.7)
-    context, features = inputs(2)
+    selector = TeacherSelector(CONTEXT, POLICIES, size=4, heads=heads, bias_scale=0.7)
+    context, policies = inputs(2)
     bias = torch.randn(3, 3)
-    alpha = selector(context, features, everybody(3), bias)
+    alpha = selector(context, policies, everybody(3), bias)
     for world in range(2):
-        expected = attention_by_loops(selector, context[world], features[world], everybody(3), bias)
+        expected = attention_by_loops(selector, context[world], policies[world], everybody(3), bias)
         torch.testing.assert_close(alpha[world].detach(), expected)
 
 
 def test_rows_sum_to_one_and_nobody_attends_to_itself():
-    selector = TeacherSelector(CONTEXT, FEATURES, heads=2)
-    context, features = inputs(6, 2, agents=5)
-    alpha = selector(context * 100, features * 100, everybody(5))
+    selector = TeacherSelector(CONTEXT, POLICIES, heads=2)
+    context, policies = inputs(6, 2, agents=5)
+    alpha = selector(context * 100, policies * 100, everybody(5))
     torch.testing.assert_close(alpha.sum(-1), torch.ones(6, 2, 5))
     assert (alpha.diagonal(dim1=-2, dim2=-1) == 0).all()
 
 
 def test_a_student_without_teachers_has_a_row_of_zeros_and_finite_gradients():
-    selector = TeacherSelector(CONTEXT, FEATURES)
-    context, features = inputs(2)
+    selector = TeacherSelector(CONTEXT, POLICIES)
+    context, policies = inputs(2)
     teachers = everybody(3)
     teachers[1] = False
-    alpha = selector(context, features, teachers)
+    alpha = selector(context, policies, teachers)
     assert (alpha[:, 1] == 0).all()
     assert (alpha[:, 0].sum(-1) > 0.99).all()
     alpha.square().sum().backward()
@@ -91,19 +91,19 @@ def test_a_student_without_teachers_has_a_row_of_zeros_and_finite_gradients():
 
 
 def test_permuting_agents_permutes_attention():
-    selector = TeacherSelector(CONTEXT, FEATURES, heads=2)
-    context, features = inputs(2, agents=4)
+    selector = TeacherSelector(CONTEXT, POLICIES, heads=2)
+    context, policies = inputs(2, agents=4)
     bias, order = torch.randn(4, 4), torch.tensor([2, 0, 3, 1])
-    alpha = selector(context, features, everybody(4), bias)
-    moved = selector(context[:, order], features[:, order][:, :, order], everybody(4), bias[order][:, order])
+    alpha = selector(context, policies, everybody(4), bias)
+    moved = selector(context[:, order], policies[:, order][:, :, order], everybody(4), bias[order][:, order])
     torch.testing.assert_close(moved, alpha[:, order][:, :, order])
 
 
 def test_learned_bias_scale_gets_a_gradient_and_a_fixed_one_does_not():
-    context, features = inputs(2)
+    context, policies = inputs(2)
     for learned in (True, False):
-        selector = TeacherSelector(CONTEXT, FEATURES, learn_bias_scale=learned)
-        selector(context, features, everybody(3), torch.randn(3, 3)).square().sum().backward()
+        selector = TeacherSelector(CONTEXT, POLICIES, learn_bias_scale=learned)
+        selector(context, policies, everybody(3), torch.randn(3, 3)).square().sum().backward()
         assert (selector.bias_scale.grad is not None) is learned
 
 
@@ -148,31 +148,31 @@ def test_mixed_parameters_are_the_weighted_mean_and_gradients_reach_attention_al
 
 
 def test_a_selector_moves_to_a_larger_team_through_a_file(tmp_path):
-    ours, theirs = (TeacherSelector(CONTEXT, FEATURES, heads=2) for _ in range(2))
+    ours, theirs = (TeacherSelector(CONTEXT, POLICIES, heads=2) for _ in range(2))
     save_selector(tmp_path / "selector.safetensors", theirs.state_dict())
     ours.load_state(load_selector(tmp_path / "selector.safetensors"))
-    context, features = inputs(2, agents=8)
-    assert torch.equal(ours(context, features, everybody(8)), theirs(context, features, everybody(8)))
+    context, policies = inputs(2, agents=8)
+    assert torch.equal(ours(context, policies, everybody(8)), theirs(context, policies, everybody(8)))
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
         ({"context_size": 6}, "context 6, here is 5"),
-        ({"feature_size": 9}, "features 9, here is 7"),
+        ({"policy_size": 9}, "policies 9, here is 7"),
         ({"heads": 2}, "heads 2, here is 1: set heads"),
         ({"size": 8}, "head size 8, here is 32: set selector_size"),
     ],
 )
 def test_a_selector_that_does_not_fit_is_refused_with_both_sizes(other, message):
-    theirs = TeacherSelector(**{"context_size": CONTEXT, "feature_size": FEATURES} | other)
+    theirs = TeacherSelector(**{"context_size": CONTEXT, "policy_size": POLICIES} | other)
     with pytest.raises(UserError, match=message):
-        TeacherSelector(CONTEXT, FEATURES).load_state(theirs.state_dict())
+        TeacherSelector(CONTEXT, POLICIES).load_state(theirs.state_dict())
 
 
 def test_what_is_no_selector_is_refused(tmp_path):
     with pytest.raises(UserError, match="bias_scale, key is missing"):
-        TeacherSelector(CONTEXT, FEATURES).load_state({"query": torch.zeros(1, 2, 3)})
+        TeacherSelector(CONTEXT, POLICIES).load_state({"query": torch.zeros(1, 2, 3)})
     with pytest.raises(UserError, match="cannot read the selector"):
         load_selector(tmp_path / "none.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
@@ -191,9 +191,11 @@ def test_advice_while_acting_equals_advice_on_the_whole_episode(kind):
     whole, following = teaching.on_batch(batch)
     for step in range(steps):
         advice = teaching.while_acting(observation[:, step], explore=True)
-        for name in ("context", "actions", "features"):
+        for name in ("context", "actions", "policies"):
             expected = getattr(whole, name)[:, step]
             torch.testing.assert_close(getattr(advice, name), expected, rtol=1e-4, atol=1e-5)
+        # The bounds are 1 and -1.
+        assert torch.equal(advice.policies[..., -2:], advice.actions)
         own = advice.actions.diagonal(dim1=1, dim2=2).movedim(-1, 1)
         expected = learner.policy(advice.context)[0].detach()
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)

@@ -82,7 +82,7 @@ class PATSettings:
     return_window: int = 100  # episodes that a measured return remembers; fewer follow fast learners
     selector_size: int = 32  # size of the attention's queries and keys
     heads: int = 1  # of the attention; more for contexts that matter in several ways
-    selector_lr: float = 1e-3
+    selector_lr: float = 3e-3
     gate_hidden: int = 64
     gate_lr: float = 1e-3
     gate_entropy: float = 0.01  # weight of the gate's entropy
@@ -120,7 +120,7 @@ class PAT(Transfer):
         self.teaching = Teaching(learner)
         self.selector = TeacherSelector(
             learner.context_size,
-            learner.feature_size,
+            learner.feature_size + learner.spec.action_size,
             size=s.selector_size,
             heads=s.heads,
             bias_scale=s.bias_scale,
@@ -166,7 +166,7 @@ class PAT(Transfer):
         if self.settings.return_bias != "none":
             # Three deviations are proof enough, and leave every teacher a chance.
             bias = self.returns.gap(self.settings.returns).clamp(-3, 3)
-        return self.selector(advice.context, advice.features, self.teachers, bias)
+        return self.selector(advice.context, advice.policies, self.teachers, bias)
 
     def taught(self, advice: Advice, attention: Tensor) -> Tensor:
         """[..., N, A] the student action a^S, with the gradient of attention [..., N, N] only."""
@@ -332,7 +332,7 @@ class PAT(Transfer):
         return {name: tensor.detach().clone() for name, tensor in self.selector.state_dict().items()}
 
     def load_selector(self, state: Mapping[str, Tensor]) -> None:
-        """Begin with another team's selector. Raises UserError if its contexts or features are of other sizes."""
+        """Begin with another team's selector. Raises UserError if its contexts or policies are of other sizes."""
         self.selector.load_state(state)
         self.selector_optimizer = self._selector_adam()
 

@@ -1,6 +1,7 @@
 """The Attention Teacher Selector, one for the whole team: whose policy fits the student's present state.
 
-Letters: N agents, i the student, j the teacher, C context, F features, A action, H heads, D their size. Leading axes
+Letters: N agents, i the student, j the teacher, C context, F features, A action, P = F + A what tells policies apart,
+H heads, D their size. Leading axes
 `...` are worlds [W] while acting, sequences and steps [B, T] while learning.
 """
 
@@ -60,7 +61,7 @@ class Advice(NamedTuple):
 
     context: Tensor  # [..., N, C] the student's
     actions: Tensor  # [..., N, N, A] what j's policy would do for i; for i = j its own action
-    features: Tensor  # [..., N, N, F] of j's actor there
+    policies: Tensor  # [..., N, N, P] features of j's actor there, and its action in units of half the range
 
 
 class Teaching:
@@ -83,13 +84,19 @@ class Teaching:
         own = {name: memory.diagonal(dim1=1, dim2=2).movedim(-1, 1) for name, memory in state.items()}
         batch = step_batch(observation, actions.diagonal(dim1=1, dim2=2).movedim(-1, 1), own)
         context, _ = self.learner.contexts(batch)
-        return Advice(context[:, 0], actions, features)
+        return Advice(context[:, 0], actions, self._policies(actions, features))
 
     @torch.no_grad()
     def on_batch(self, batch: Batch) -> tuple[Advice, Tensor]:
         """On replayed steps, leading axes [B, T]; and the contexts [B, T, N, C] that followed."""
         context, following = self.learner.contexts(batch)
-        return Advice(context, *self.learner.cross_policy(batch)), following
+        actions, features = self.learner.cross_policy(batch)
+        return Advice(context, actions, self._policies(actions, features)), following
+
+    def _policies(self, actions: Tensor, features: Tensor) -> Tensor:
+        # Students stand where the bounds are looked for.
+        unit = self.learner.space.unit(actions.transpose(-2, -3)).transpose(-2, -3)
+        return torch.cat((features, unit), dim=-1)
 
     def begin(self, worlds: Tensor | None = None, *, explore: bool) -> None:
         """Episodes begin in these worlds [W] bool; None: in all."""
@@ -120,17 +127,18 @@ def step_batch(observation: Tensor, actions: Tensor, state: Mapping[str, Tensor]
 
 
 class TeacherSelector(nn.Module):
-    """alpha_ij = softmax_j(W_q h_i . W_k z_j / sqrt(D) + scale bias_ij), averaged over the heads (pat.md, step 2).
+    """alpha_ij = softmax_j(W_q [h_i, z_i] . W_k z_j / sqrt(D) + scale bias_ij), averaged over heads (pat.md, step 2).
 
-    h_i is the student's context, z_j are the features of teacher j's actor on the student's observation (our choice;
-    the paper says only 'learning information'). No weight depends on the number of agents, so the selector can move
-    to another team.
+    h_i is the student's context; z_j are the features of j's actor on the student's observation, and what it would do
+    (our choice; the paper says only 'learning information'). The student's own z_i in the query is our choice too: an
+    observation alone does not say which of two tasks an agent has, its policy does. No weight depends on the number of
+    agents, so the selector can move to another team.
     """
 
     def __init__(
         self,
         context_size: int,
-        feature_size: int,
+        policy_size: int,
         *,
         size: int = 32,
         heads: int = 1,
@@ -138,22 +146,23 @@ class TeacherSelector(nn.Module):
         learn_bias_scale: bool = False,
     ):
         super().__init__()
-        self.query = nn.Parameter(torch.empty(heads, context_size, size))
-        self.key = nn.Parameter(torch.empty(heads, feature_size, size))
+        self.query = nn.Parameter(torch.empty(heads, context_size + policy_size, size))
+        self.key = nn.Parameter(torch.empty(heads, policy_size, size))
         for weight in (self.query, self.key):
             nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
         self.bias_scale = nn.Parameter(torch.tensor(float(bias_scale)), requires_grad=learn_bias_scale)
 
-    def forward(self, context: Tensor, features: Tensor, teachers: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attention [..., N, N] of students with context [..., N, C] on teachers with features [..., N, N, F].
+    def forward(self, context: Tensor, policies: Tensor, teachers: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attention [..., N, N] of students with context [..., N, C] on teachers with policies [..., N, N, P].
 
         teachers [N, N] bool says who may teach whom; a student without any gets a row of zeros. bias: [N, N].
         """
         lead, heads = context.shape[:-1], len(self.query)
+        own = policies.diagonal(dim1=-3, dim2=-2).movedim(-1, -2)
         # The query meets W_k first: no key of every pair is ever stored.
         both = (self.query @ self.key.mT).movedim(0, 1).flatten(1) * self.key.shape[-1] ** -0.5
-        query = (context.flatten(0, -2) @ both).unflatten(1, (heads, -1))
-        scores = torch.bmm(query, features.flatten(0, -3).mT).view(*lead, heads, -1).transpose(-2, -3)
+        query = (torch.cat((context, own), dim=-1).flatten(0, -2) @ both).unflatten(1, (heads, -1))
+        scores = torch.bmm(query, policies.flatten(0, -3).mT).view(*lead, heads, -1).transpose(-2, -3)
         if bias is not None:
             scores = scores + self.bias_scale * bias
         # A finite number, since a row of infinities has no softmax and no gradient.
@@ -163,14 +172,14 @@ class TeacherSelector(nn.Module):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take another selector's `state_dict`, of a team of any number of agents.
 
-        Raises UserError, which names both, if contexts or features are of another size, or the heads.
+        Raises UserError, which names both, if contexts or policies are of another size, or the heads.
         """
         if missing := {"query", "key", "bias_scale"} - state.keys():
             raise UserError(f"this is no teacher selector: {', '.join(sorted(missing))} is missing")
         theirs, ours = _sizes(state), _sizes(self.state_dict())
         for name, way_out in (
             ("context", "it fits only observations (and memory) of the same size"),
-            ("features", "give the learner the hidden layers that it was trained with"),
+            ("policies", "it fits only actions and a last hidden layer of the same size"),
             ("heads", "set heads to it"),
             ("head size", "set selector_size to it"),
         ):
@@ -180,8 +189,8 @@ class TeacherSelector(nn.Module):
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
-    (heads, context, size), features = state["query"].shape, state["key"].shape[1]
-    return {"context": context, "features": features, "heads": heads, "head size": size}
+    (heads, query, size), policies = state["query"].shape, state["key"].shape[1]
+    return {"context": query - policies, "policies": policies, "heads": heads, "head size": size}
 
 
 def save_selector(path: str | Path, state: Mapping[str, Tensor]) -> None:

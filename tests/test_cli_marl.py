@@ -117,6 +117,14 @@ def test_compare_prints_the_table(marl, folder):
     assert (folder / "runs/marl/small-compare/comparison.json").exists()
 
 
+def test_compare_takes_methods_of_ones_own(marl, folder):
+    variants = ("--variant", "fast learner.actor_lr=0.01", "--variant", "slow learner.actor_lr=0.001")
+    code, out, err = marl("compare", "small.toml", *variants, "--baseline", "slow", "--seeds", 1)
+    assert (code, err) == (0, "")
+    assert "against slow" in out
+    assert re.findall(r"^ *(\w+) +1 ", out, re.MULTILINE) == ["fast", "slow"] * 2
+
+
 def test_compare_with_a_run_that_fails(marl, folder, monkeypatch):
     """A value that only the method itself can refuse."""
     code, out, _ = marl(

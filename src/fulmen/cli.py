@@ -445,9 +445,8 @@ def _marl_compare(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         baseline=arguments.baseline,
     )
-    console = Console()
     # A table that a file keeps or a pipe takes is not cut to a terminal's width.
-    console.print(comparison, width=console.width if console.is_terminal else WIDTH)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(comparison)
     print(f"\ntables, curves and plots: {folder}")
     return 1 if comparison.failures else 0
 

@@ -124,6 +124,14 @@ def test_newcomers_begin_from_scratch_and_the_others_do_not(small, trained):
     assert weight[2].sum() == weight[:, 2].sum() == 0
 
 
+def test_a_run_may_begin_from_the_one_of_its_own_seed(small, trained, tmp_path):
+    (tmp_path / "run-7").symlink_to(tmp_path / "run")
+    team = begun(small("run.from_run=run-{seed}", "run.selector_from=run-{seed}", "run.seed=7"))
+    assert_same(team.learner.agent_state(0), trained.learner.agent_state(0))
+    with pytest.raises(UserError, match="there is no trained team in run-8"):
+        begun(small("run.from_run=run-{seed}", "run.seed=8"))
+
+
 def test_another_number_of_worlds_and_another_transfer_may_follow(small, trained):
     for override in ("world.num_worlds=5", "transfer.name=none", "transfer.options={heads = 2}"):
         team = begun(small("run.from_run=run", override))

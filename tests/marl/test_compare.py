@@ -18,7 +18,17 @@ import pytest
 from rich.console import Console
 
 from fulmen.config import UserError
-from fulmen.marl.compare import METHODS, Method, _draw_attention, compare, find_method, run_methods, summarise
+from fulmen.marl.compare import (
+    METHODS,
+    Method,
+    _draw_attention,
+    compare,
+    find_method,
+    parse_variant,
+    run_methods,
+    summarise,
+    trained_level,
+)
 from fulmen.marl.export import RunCurves
 from fulmen.marl.parallel import FINISHED, Failure
 from fulmen.run import RunDirectory
@@ -49,6 +59,7 @@ class Learner:
 class Run:
     seed: int = 0
     frames: int = 200
+    newcomers: tuple[int, ...] = ()
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -85,6 +96,7 @@ def train(recipe, path, *, resume=False):
     with open(path / "metrics.jsonl", "w") as file:
         for frames in (0, 100, 200):
             line = {"step": frames, "frames": frames, "own_return": frames / 100 + seed}
+            line |= {"own_returns": [frames / 100 + seed, 9.0], "pat_returns": [frames / 50 + seed, 9.0]}
             if name != "none":
                 line |= {"pat_return": gain * frames / 100 + seed, "student_share": [0.5, 0.25]}
                 line["attention"] = [[0, 0.4, 0.6], [1, 0, 0], [0.5, 0.5, 0]]
@@ -150,6 +162,16 @@ def test_an_override_changes_one_key_deep_in_a_copy(trainer):
 def test_an_override_that_does_not_fit_is_refused(trainer, overrides, message):
     with pytest.raises(UserError, match=message):
         Method(name="x", overrides=overrides).recipe(trainer.Recipe(), 0)
+
+
+def test_a_variant_is_a_name_and_keys(trainer):
+    variant = parse_variant("big learner.size=3 transfer.name='other'")
+    assert variant.name == "big"
+    recipe = variant.recipe(trainer.Recipe(transfer=trainer.Transfer(options={"a": 1})), 5)
+    assert (recipe.learner.size, recipe.transfer.name, recipe.transfer.options) == (3, "other", {})
+    for text, message in (("", "a method's name"), ("big size", "override 'size' must read section.key=value")):
+        with pytest.raises(UserError, match=message):
+            parse_variant(text)
 
 
 def test_names_are_checked():
@@ -322,6 +344,27 @@ def test_the_table_says_what_the_runs_say():
     assert worse.transfer.steps.value == math.inf
 
 
+def test_the_table_counts_evaluations_that_are_surely_worse():
+    runs = made_up_runs()
+    # Behind at 100 frames in every run, ahead at 200, and as good as the baseline at 0.
+    for seed, run in runs["pat"].items():
+        runs["pat"][seed] = dataclasses.replace(run, own=runs["none"][seed].own + [0, -0.1, 9])
+    rows = summarise(runs, title="test").rows
+    assert [(row.own.worse, row.own.evaluations) for row in rows] == [(None, 3), (1, 3), (0, 3)]
+    assert rows[2].transfer.worse == 2
+    assert summarise({name: {0: seeds[0]} for name, seeds in runs.items()}, title="").rows[1].own.worse is None
+
+
+def test_a_newcomer_is_trained_at_nineteen_twentieths_of_the_way():
+    def run(first, others):
+        return dataclasses.replace(curves(1, first), others=np.full(3, others))
+
+    runs = {"none": {0: run(1, 10), 1: run(3, 12)}, "pat": {0: run(1, 10), 1: run(3, 12)}}
+    assert trained_level(runs) == pytest.approx(2 + 0.95 * (11 - 2))
+    assert trained_level(made_up_runs()) is None
+    assert trained_level({"none": {}}) is None
+
+
 def test_the_table_is_printed():
     failure = Failure(method="pat", seed=3, error="boom", log=Path("log"))
     table = summarise(made_up_runs(), title="sparse", failures=[failure])
@@ -405,6 +448,16 @@ def test_a_comparison_from_recipe_to_files(trainer, tmp_path):
         "returns.png",
         "student_share.png",
     ]
+
+
+def test_the_returns_of_a_comparison_with_newcomers_are_theirs(trainer, tmp_path):
+    recipe, folder = trainer.Recipe(run=trainer.Run(newcomers=(0,))), tmp_path / "joined"
+    table = compare(recipe, folder, methods=["none", "pat"], seeds=2, train=trainer.train, file=io.StringIO())
+    assert table.title == "joined, the newcomers"
+    assert table.threshold == pytest.approx(0.5 + 0.95 * (9 - 0.5))
+    assert table.rows[1].transfer.final.value == 4.5
+    assert (folder / "plots" / "newcomer_pat.png").exists()
+    assert not (folder / "plots" / "newcomer_none.png").exists()
 
 
 def test_a_comparison_of_failures_says_why(trainer, tmp_path):

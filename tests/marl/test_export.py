@@ -60,6 +60,16 @@ def test_without_transfer_the_team_acts_by_its_own_policies(tmp_path):
     assert read.attention is None
 
 
+def test_chosen_agents_have_curves_of_their_own(tmp_path):
+    with RunDirectory(tmp_path) as directory, MetricsLog(directory, resume_step=None) as log:
+        returns = {"own_returns": [1.0, 3.0, 8.0], "pat_returns": [2.0, 5.0, 9.0]}
+        log.log(0, frames=0, own_return=4.0, pat_return=16 / 3, **returns)
+    read = read_curves(directory.metrics, agents=(1, 2))
+    assert (read.own, read.transfer, read.others) == (5.5, 7, 1)
+    assert read_curves(directory.metrics).others is None
+    assert read_curves(directory.metrics, agents=(0, 1, 2)).others is None
+
+
 def test_a_run_without_evaluations_is_refused(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 0, "loss": 1}\n')

@@ -427,9 +427,9 @@ def _marl_train(arguments: argparse.Namespace) -> int:
 
 
 def _marl_compare(arguments: argparse.Namespace) -> int:
-    from fulmen.marl import MarlRecipe
     from rich.console import Console
 
+    from fulmen.marl import MarlRecipe
     from fulmen.marl.compare import WIDTH, compare, parse_variant
 
     recipe = load_recipe(arguments.recipe, MarlRecipe, arguments.set)

@@ -348,7 +348,7 @@ def test_the_table_counts_evaluations_that_are_surely_worse():
     runs = made_up_runs()
     # Behind at 100 frames in every run, ahead at 200, and as good as the baseline at 0.
     for seed, run in runs["pat"].items():
-        runs["pat"][seed] = dataclasses.replace(run, own=runs["none"][seed].own + [0, -0.1, 9])
+        runs["pat"][seed] = dataclasses.replace(run, own=runs["none"][seed].own + np.array([0, -0.1, 9]))
     rows = summarise(runs, title="test").rows
     assert [(row.own.worse, row.own.evaluations) for row in rows] == [(None, 3), (1, 3), (0, 3)]
     assert rows[2].transfer.worse == 2

@@ -163,8 +163,8 @@ class Comparison:
         lines = [f"{failure.method}, seed {failure.seed} failed: {failure.error}" for failure in self.failures]
         notes = (
             "Interquartile means over seeds with 95 % bootstrap intervals. Area: mean return over the frames.",
-            f"Against {self.baseline}: paired by seed, of the areas; bold where the interval leaves out zero. Worse at: "
-            "evaluations at which the paired difference's interval lies below zero.",
+            f"Against {self.baseline}: paired by seed, of the areas; bold where the interval leaves out zero. "
+            "Worse at: evaluations at which the paired difference's interval lies below zero.",
             ", ".join(f"{key} {value}" for key, value in self.machine.items()),
         )
         return Group(

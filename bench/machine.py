@@ -12,12 +12,15 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def describe_machine(*packages: str) -> dict[str, str | int]:
-    """CPU, threads, versions of PyTorch and the peers, the commit (with + for uncommitted changes), the time."""
+def describe_machine(*packages: str, device: torch.device | str = "cpu") -> dict[str, str | int]:
+    """CPU, threads, GPU if `device` is one, versions of PyTorch and the peers, the commit (with + for uncommitted
+    changes), the time."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
     commit = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "src") else "")
     return {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        **gpu,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", *packages)},
         "commit": commit,
@@ -43,5 +46,8 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return done.stdout.strip()
+    command, here = ["git", *arguments], Path(__file__).parent
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=here, check=False).stdout.strip()
+    except OSError:
+        return ""

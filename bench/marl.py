@@ -1,7 +1,8 @@
-"""Teams of agents on this CPU: worlds alone, worlds and learning together, and memory, beside their peers.
+"""Teams of agents: worlds alone, worlds and learning together, and memory, beside their peers.
 
     python bench/marl.py                                    all tables; results in bench/results/marl.json
     python bench/marl.py --only learning --peers PYTHON      one of worlds, learning, memory
+    python bench/marl.py --device cuda                      ours on a GPU; the peers stay on the CPU
 
 PYTHON is the interpreter of an environment that has benchmarl and vmas installed (VMAS is under the GPL, so it is no
 dependency of ours); without it their columns are empty. Peers and we take turns, and ratios are of one turn, the median
@@ -17,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from mpe2 import simple_spread_v3
 from rich.console import Console
 from rich.table import Table
 
@@ -31,9 +31,11 @@ from machine import describe_machine, write_results
 
 AGENTS = 3
 WORLDS = (1, 32, 256, 1024, 4096)
+MANY_WORLDS = (16_384, 65_536)  # only for a GPU
 # BenchMARL's cycle: so many frames from so many worlds, then so many updates of so many frames each.
 CYCLE = {"worlds": 64, "frames": 6400, "updates": 100, "batch": 256}
-EPISODE, EPISODES, OBSERVATION = 1000, 16, 7
+EPISODE, OBSERVATION = 1000, 7
+BATCHES = (1, 2, 4, 8, 16)  # episodes of an update
 PEERS = Path(__file__).parent / "peers"
 CONSOLE = Console()
 
@@ -42,28 +44,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("worlds", "learning", "memory"), help="one table instead of all")
     parser.add_argument("--peers", metavar="PYTHON", help="interpreter that has benchmarl and vmas")
+    parser.add_argument("--device", default="cpu", help="of ours (default: cpu)")
     parser.add_argument("--turns", type=int, default=3, help="turns of each comparison (default: 3)")
     arguments = parser.parse_args()
-    machine = describe_machine("mpe2") | (peer_versions(arguments.peers) if arguments.peers else {})
+    device = torch.device(arguments.device)
+    machine = describe_machine(*(["mpe2"] if device.type == "cpu" else []), device=device)
+    machine |= peer_versions(arguments.peers) if arguments.peers else {}
     CONSOLE.print(" ".join(f"{key}={value}" for key, value in machine.items()), highlight=False)
     tables = {"worlds": bench_worlds, "learning": bench_learning, "memory": bench_memory}
     chosen = [arguments.only] if arguments.only else list(tables)
-    results = {name: tables[name](arguments.peers, arguments.turns) for name in chosen}
+    results = {name: tables[name](arguments.peers, arguments.turns, device) for name in chosen}
     if not arguments.only:
-        CONSOLE.print(f"written to {write_results('marl', machine, results)}")
+        name = "marl" if device.type == "cpu" else f"marl-{device.type}"
+        CONSOLE.print(f"written to {write_results(name, machine, results)}")
 
 
-def bench_worlds(peers: str | None, turns: int) -> dict:
+def bench_worlds(peers: str | None, turns: int, device: torch.device) -> dict:
     """World steps a second under random actions, spread with 3 agents."""
     table = Table("worlds", "ours", "VMAS", "ratio", "mpe2 (one world)", title="world steps a second, spread, 3 agents")
     results = {}
-    for worlds in WORLDS:
-        rates = []
+    for worlds in WORLDS if device.type == "cpu" else WORLDS + MANY_WORLDS:
+        rates, one = [], worlds == 1 and device.type == "cpu"
         for _ in range(turns):
             theirs = peer(peers, "vmas_spread.py", worlds, torch.get_num_threads()) if peers else None
-            rates.append((world_rate(worlds), theirs, mpe2_rate() if worlds == 1 else None))
+            rates.append((world_rate(worlds, device), theirs, mpe2_rate() if one else None))
         row = summary([ours for ours, _, _ in rates], [theirs for _, theirs, _ in rates])
-        if worlds == 1:
+        if one:
             row["mpe2"] = statistics.median(rate for _, _, rate in rates)
         results[str(worlds)] = row
         cells = (row["ours"], row.get("peer"), row.get("ratio"), row.get("mpe2"))
@@ -72,13 +78,13 @@ def bench_worlds(peers: str | None, turns: int) -> dict:
     return results
 
 
-def bench_learning(peers: str | None, turns: int) -> dict:
+def bench_learning(peers: str | None, turns: int, device: torch.device) -> dict:
     """Frames a second of independent DDPG with its worlds: equal networks, batches, worlds and updates per frame."""
     ours, theirs = [], []
     for _ in range(turns):
         arguments = (*CYCLE.values(), 5, torch.get_num_threads())
         theirs.append(peer(peers, "benchmarl_iddpg.py", *arguments) if peers else None)
-        ours.append(learning_rate())
+        ours.append(learning_rate(device))
     row = summary(ours, theirs)
     table = Table("ours", "BenchMARL IDDPG on VMAS", "ratio", title="frames a second, worlds and learning together")
     table.add_row(*(number(row.get(key)) for key in ("ours", "peer", "ratio")))
@@ -86,34 +92,40 @@ def bench_learning(peers: str | None, turns: int) -> dict:
     return row
 
 
-def bench_memory(peers: str | None, turns: int) -> dict:
+def bench_memory(peers: str | None, turns: int, device: torch.device) -> dict:
     """Steps a second of learning from episodes of 1000 steps: lightning memory beside LSTM."""
-    rates = {kind: [] for kind in ("lightning", "lstm")}
-    updates = {kind: memory_update(kind) for kind in rates}
-    for _ in range(turns):
-        for kind, update in updates.items():
-            rates[kind].append(EPISODES * EPISODE / seconds(update))
-    row = summary(*rates.values())
-    table = Table("lightning", "LSTM", "ratio", title=f"steps learned from a second, episodes of {EPISODE} steps")
-    table.add_row(*(number(row[key]) for key in ("ours", "peer", "ratio")))
+    table = Table(
+        "episodes a batch", "lightning", "LSTM", "ratio", title=f"steps learned from a second, episodes of {EPISODE}"
+    )
+    results = {}
+    for episodes in BATCHES:
+        rates = {kind: [] for kind in ("lightning", "lstm")}
+        updates = {kind: memory_update(kind, episodes, device) for kind in rates}
+        for _ in range(turns):
+            for kind, update in updates.items():
+                rates[kind].append(episodes * EPISODE / seconds(update, device))
+        row = results[str(episodes)] = summary(*rates.values())
+        table.add_row(f"{episodes}", *(number(row[key]) for key in ("ours", "peer", "ratio")))
     CONSOLE.print(table)
-    return row
+    return results
 
 
-def world_rate(worlds: int) -> float:
-    environment = make_environment("spread", num_worlds=worlds, agents=AGENTS)
+def world_rate(worlds: int, device: torch.device) -> float:
+    environment = make_environment("spread", num_worlds=worlds, agents=AGENTS, device=device)
     environment.reset(0)
-    actions = torch.rand(8, worlds, AGENTS, environment.spec.action_size)
+    actions = torch.rand(8, worlds, AGENTS, environment.spec.action_size, device=device)
     steps = max(20, 20_000 // worlds)
 
     def run() -> None:
         for step in range(steps):
             environment.step(actions[step % 8])
 
-    return steps * worlds / seconds(run)
+    return steps * worlds / seconds(run, device)
 
 
 def mpe2_rate(steps: int = 1000) -> float:
+    from mpe2 import simple_spread_v3
+
     environment = simple_spread_v3.parallel_env(N=AGENTS, continuous_actions=True)
     environment.reset(seed=0)
     spaces = {agent: environment.action_space(agent) for agent in environment.agents}
@@ -124,12 +136,12 @@ def mpe2_rate(steps: int = 1000) -> float:
             if not environment.agents:
                 environment.reset()
 
-    return steps / seconds(run)
+    return steps / seconds(run, torch.device("cpu"))
 
 
-def learning_rate() -> float:
-    environment = make_environment("spread", num_worlds=CYCLE["worlds"], agents=AGENTS, max_steps=100)
-    learner = TeamLearner(environment.spec, LearnerSettings(batch=CYCLE["batch"], hidden=(64, 64)))
+def learning_rate(device: torch.device) -> float:
+    environment = make_environment("spread", num_worlds=CYCLE["worlds"], agents=AGENTS, max_steps=100, device=device)
+    learner = TeamLearner(environment.spec, LearnerSettings(batch=CYCLE["batch"], hidden=(64, 64)), device=device)
     every = CYCLE["frames"] // CYCLE["worlds"] // CYCLE["updates"]
     settings = TeamSettings(warmup=0, update_every=every, updates=1, capacity=100_000)
     team = Team(environment, learner, Transfer(learner), settings, seed=0)
@@ -138,21 +150,21 @@ def learning_rate() -> float:
         for _ in range(CYCLE["frames"] // CYCLE["worlds"]):
             team.step()
 
-    return CYCLE["frames"] / seconds(run)
+    return CYCLE["frames"] / seconds(run, device)
 
 
-def memory_update(kind: str) -> Callable[[], None]:
+def memory_update(kind: str, episodes: int, device: torch.device) -> Callable[[], None]:
     low = -torch.ones(AGENTS, 2)
     names = tuple(f"agent {i}" for i in range(AGENTS))
     sizes = {"observation_sizes": (OBSERVATION,) * AGENTS, "action_sizes": (2,) * AGENTS}
     spec = TeamSpec(agents=names, low=low, high=-low, **sizes)
-    learner = TeamLearner(spec, LearnerSettings(memory=MemorySettings(kind=kind)))
-    shape = (EPISODES, EPISODE, AGENTS)
-    never = torch.zeros(shape, dtype=torch.bool)
+    learner = TeamLearner(spec, LearnerSettings(memory=MemorySettings(kind=kind)), device=device)
+    shape = (episodes, EPISODE, AGENTS)
+    never = torch.zeros(shape, dtype=torch.bool, device=device)
     batch = Batch(
-        torch.randn(EPISODES, EPISODE + 1, AGENTS, OBSERVATION),
-        torch.rand(*shape, 2) * 2 - 1,
-        torch.randn(shape),
+        torch.randn(episodes, EPISODE + 1, AGENTS, OBSERVATION, device=device),
+        torch.rand(*shape, 2, device=device) * 2 - 1,
+        torch.randn(shape, device=device),
         never,
         never,
         ~never,
@@ -161,12 +173,19 @@ def memory_update(kind: str) -> Callable[[], None]:
     return lambda: learner.update(batch)
 
 
-def seconds(call: Callable[[], None]) -> float:
-    """The second of two calls."""
+def seconds(call: Callable[[], None], device: torch.device) -> float:
+    """The second of two calls, with all that they set going on a GPU."""
     call()
+    wait(device)
     started = time.perf_counter()
     call()
+    wait(device)
     return time.perf_counter() - started
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def summary(ours: list[float], theirs: list[float | None]) -> dict[str, float]:

@@ -275,7 +275,8 @@ class PAT(Transfer):
         loss = -(value * self.teachers.any(-1)).sum() / self.teachers.any(-1).sum()
         parameters = [p for p in self.selector.parameters() if p.requires_grad]
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.grad = grad
+            # A product's gradient may lie transposed, which a GPU's fused Adam does not take.
+            parameter.grad = grad.contiguous()
         self.selector_optimizer.step()
         return {"taught_value": -loss.detach()}
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import one_hot
 
 from fulmen.config import UserError
 from fulmen.marl.learner import LearnerSettings, TeamLearner
@@ -117,6 +118,26 @@ def test_students_do_what_the_attention_says_and_others_what_their_policies_say(
             if student[w, i]:
                 expected = sum(attention[w, i, j] * said[w, i, j] for j in range(AGENTS) if j != i)
             torch.testing.assert_close(actions[w, i], expected)
+
+
+def test_a_drawn_teacher_is_followed_alone_for_mode_steps_and_an_evaluation_mixes():
+    torch.manual_seed(0)
+    pat = make_pat(follow="drawn", gate="always", epsilon_self=0.0, mode_steps=2)
+    observation = torch.randn(400, AGENTS, SIZE)
+    own, _, _ = pat.learner.act(observation, {})
+    said, _, _ = pat.learner.teach(observation, {})
+    mixed = pat.decide(observation, own, explore=False).attention
+    assert (mixed > 0).sum() == 400 * AGENTS * (AGENTS - 1)
+    actions, student, attention = pat.decide(observation, own, explore=True)
+    assert student.all()
+    teacher = attention.argmax(-1)
+    expected = said.gather(2, teacher[..., None, None].expand(-1, -1, 1, ACTIONS))[:, :, 0]
+    torch.testing.assert_close(actions, expected)
+    assert torch.equal(attention, one_hot(teacher, AGENTS).float())
+    torch.testing.assert_close(attention.mean(0), mixed.mean(0), atol=0.1, rtol=0)
+    first, second, third = (d.attention for d in live(make_pat(follow="drawn", mode_steps=2), 3, 200, episode=9))
+    assert torch.equal(first, second)
+    assert not torch.equal(second, third)
 
 
 @pytest.mark.parametrize(("gate", "share"), [("always", 0.75), ("random", 0.375), ("never", 0.0)])

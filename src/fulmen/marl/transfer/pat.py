@@ -45,6 +45,10 @@ class PATSettings:
         "always": an agent follows whenever epsilon_self lets it. To see what the attention alone is worth.
         "never": nobody acts as a student; knowledge moves by internalising alone.
         "random": one step in two. The gate's own baseline.
+    follow, what a student does while it learns (an evaluation always mixes)
+        "mixture": the teachers' actions weighed by the attention, as the paper has it.
+        "drawn": the action of one teacher, drawn by the attention for `mode_steps` steps. Explores as far as single
+        teachers do, where a mixture of policies that know nothing hardly moves, and measures them apart.
     student_reward, what the actor-critic gate learns from
         "return": the environment's reward. The default, and the only one that the critic cannot mislead.
         "critic_gain": how much higher the own critic values the teachers' action. Denser, where rewards are sparse and
@@ -67,6 +71,7 @@ class PATSettings:
 
     value_space: Literal["behaviour", "parameters"] = "behaviour"
     gate: Literal["actor_critic", "bandit", "always", "never", "random"] = "actor_critic"
+    follow: Literal["mixture", "drawn"] = "mixture"
     student_reward: Literal["return", "critic_gain", "value_gain"] = "return"
     internalise: Literal["gap", "q_filter", "constant", "none"] = "gap"
     internalise_weight: float = 1.0  # times the imitation loss; lower it if own policies all become alike
@@ -154,6 +159,8 @@ class PAT(Transfer):
             student, attention = self._follow_arms(attention, explore)
         else:
             student = self._choose_modes(advice.context, attention, explore)
+            if explore and self.settings.follow == "drawn":
+                attention = self._draw_teachers(attention)
         student = student & self.teachers.any(-1)
         actions = torch.where(student[..., None], self.learner.clamp(self.taught(advice, attention)), own)
         if explore:
@@ -200,6 +207,13 @@ class PAT(Transfer):
             return chance >= 0.5
         student = self.held.hold("student", torch.rand_like(chance) < chance, self.settings.mode_steps)
         return student & ~self._alone(student)
+
+    def _draw_teachers(self, attention: Tensor) -> Tensor:
+        """Attention [W, N, N] on one teacher each, drawn by it; rows of zeros stay."""
+        worlds, count = attention.shape[:2]
+        some = (attention + torch.finfo(attention.dtype).tiny).flatten(0, 1)
+        drawn = self.held.hold("teachers", some.multinomial(1).view(worlds, count), self.settings.mode_steps)
+        return functional.one_hot(drawn, count) * (attention.sum(-1, keepdim=True) > 0).to(attention.dtype)
 
     def _follow_arms(self, attention: Tensor, explore: bool) -> tuple[Tensor, Tensor]:
         """The bandit's modes [W, N], and attention [W, N, N] on the one teacher that a student follows."""

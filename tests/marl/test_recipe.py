@@ -53,4 +53,5 @@ def test_shipped_recipe_loads_comes_back_and_can_be_built(path, tmp_path):
 
 
 def test_shipped_recipes_are_found():
-    assert {path.stem for path in SHIPPED} == {"sparse", "dense", "spread", "two-tasks", "newcomer", "memory"}
+    newcomers = {"newcomer", "newcomer-two-tasks"}
+    assert {path.stem for path in SHIPPED} == {"sparse", "dense", "spread", "two-tasks", "memory"} | newcomers

@@ -1,0 +1,196 @@
+"""What teams learn: the comparisons of docs/marl-results.md, each of them one `fulmen marl compare`.
+
+    python bench/teams.py                 all, one after the other: hours on two cores; interrupted, it goes on
+    python bench/teams.py sparse memory   these
+    python bench/teams.py --page          no training: write docs/marl-results.md from bench/results/teams
+
+Runs go to runs/marl/NAME-compare, what is kept to bench/results/teams/NAME.json. A comparison that begins from another
+one's teams comes after it.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fulmen.marl.export import read_curves
+from fulmen.marl.statistics import bootstrap_interval
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results" / "teams"
+PAGE = ROOT / "docs" / "marl-results.md"
+WAYS = {"transfer": "acting with transfer", "own": "own policies only"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One command and what it is to show."""
+
+    title: str
+    question: str
+    command: str  # after `fulmen marl compare`
+    groups: tuple[int, ...] = ()  # each agent's task, where the attention on the own one is measured
+
+
+TEN = "--seeds 10"
+SPARSE_TEAM = "--set 'run.from_run=runs/marl/sparse-compare/pat/seed-{seed}'"
+TWO_TASKS_TEAM = "--set 'run.from_run=runs/marl/two-tasks-compare/pat/seed-{seed}'"
+COMPARISONS = {
+    "sparse": Comparison(
+        title="Sparse rewards, one task",
+        question="Four agents are paid only where they stand on their goals. Does it help to teach each other?",
+        command=f"marl/sparse {TEN} --methods none,pat,uniform,best_teacher,shared_weights,equal_start,shared_replay,"
+        "maddpg,adhoc_visit,adhoc_td,lectr",
+    ),
+    "two-tasks": Comparison(
+        title="Two tasks in one team",
+        question="The actuators of two of the four push the other way. Whoever follows the wrong half learns nonsense.",
+        command=f"marl/two-tasks {TEN} --methods none,pat,best_teacher,shared_weights",
+        groups=(0, 0, 1, 1),
+    ),
+    "newcomer": Comparison(
+        title="A newcomer among trained agents",
+        question="Agent 3 begins anew in a team that PAT has trained, whose members learn no more. How soon is it as "
+        "good as they are, with PAT and alone (none)?",
+        command=f"marl/newcomer {TEN} {SPARSE_TEAM}",
+    ),
+    "newcomer-two-tasks": Comparison(
+        title="A newcomer among agents of two tasks",
+        question="Two of its three teachers know another task. Does following them ever make it worse than alone?",
+        command=f"marl/newcomer-two-tasks {TEN} {TWO_TASKS_TEAM}",
+    ),
+    "dense": Comparison(
+        title="Dense rewards",
+        question="Everybody learns well alone. Does PAT do harm?",
+        command=f"marl/dense {TEN}",
+    ),
+    "spread": Comparison(
+        title="simple_spread",
+        question="The same on mpe2's cooperative task, with dense rewards.",
+        command=f"marl/spread {TEN}",
+    ),
+    "eight": Comparison(
+        title="A selector moves from a team of 4 to one of 8",
+        question="Does a new team of eight start better with the selector of a trained team of four?",
+        command=f"marl/sparse {TEN} --dir runs/marl/eight-compare --baseline fresh --set world.options.agents=8 "
+        "--set run.frames=48000 --set run.evaluate_every=2400 --variant fresh "
+        """--variant "moved run.selector_from='runs/marl/sparse-compare/pat/seed-{seed}'\"""",
+    ),
+    "memory": Comparison(
+        title="Memory",
+        question="The goal is shown in the first five steps of fifty. Who remembers it?",
+        command=f"marl/memory {TEN} --baseline memoryless --variant lightning "
+        '--variant "lstm learner.memory.kind=lstm" --variant "memoryless learner.memory.kind=none"',
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COMPARISONS)} (default: all)")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(COMPARISONS):
+        parser.error(f"unknown {', '.join(sorted(unknown))}; known are {', '.join(COMPARISONS)}")
+    if not arguments.page:
+        for name in COMPARISONS:
+            if name in (arguments.names or COMPARISONS):
+                measure(name)
+    PAGE.write_text(page())
+    print(f"written: {PAGE}")
+
+
+def measure(name: str) -> None:
+    """Train what is not trained yet, and keep what it says."""
+    comparison = COMPARISONS[name]
+    subprocess.run([sys.executable, "-m", "fulmen", "marl", "compare", *shlex.split(comparison.command)], check=True)
+    folder = Path("runs/marl") / f"{name}-compare"
+    result = json.loads((folder / "comparison.json").read_text())
+    if comparison.groups:
+        result["attention_on_own_task"] = own_task_attention(folder, comparison.groups)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def own_task_attention(folder: Path, groups: tuple[int, ...]) -> dict[str, float]:
+    """PAT's weight on teachers of the student's own task at the end, over the runs; by chance 1 in N - 1 a teacher."""
+    tasks = np.array(groups)
+    same = (tasks[:, None] == tasks) & ~np.eye(len(tasks), dtype=bool)
+    runs = [read_curves(path) for path in sorted(folder.glob("pat/seed-*/metrics.jsonl"))]
+    weights = [float((curves.attention[-1] * same).sum(axis=1).mean()) for curves in runs]
+    return bootstrap_interval(weights)._asdict()
+
+
+def page() -> str:
+    """docs/marl-results.md, all of whose numbers come from the results."""
+    parts = [
+        "# marl: what the comparisons say\n",
+        "Written by `python bench/teams.py --page` from `bench/results/teams`; `python bench/teams.py NAME` measures\n"
+        "a table anew. How to read the columns: [marl.md](marl.md#the-comparison). The methods:\n"
+        "[marl-rivals.md](marl-rivals.md). PAT's rivals are in the tables also where they are ahead of it.\n",
+    ]
+    for name, comparison in COMPARISONS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            parts.append(section(comparison, json.loads(path.read_text())))
+    return "\n".join(parts)
+
+
+def section(comparison: Comparison, result: dict) -> str:
+    command = comparison.command.replace(" --", " \\\n    --")
+    lines = [f"## {comparison.title}", comparison.question, "", "```sh", f"fulmen marl compare {command}", "```", ""]
+    for way, title in WAYS.items():
+        lines += [f"{title[0].upper()}{title[1:]}, {result['frames']:,} frames:", "", *table(result, way), ""]
+    if "attention_on_own_task" in result:
+        lines += [
+            f"Attention of PAT on teachers of the own task at the end: {interval(result['attention_on_own_task'])}.",
+            "",
+        ]
+    machine = result["machine"]
+    lines.append(
+        f"{machine['cpu']}, torch {machine['torch']}, {machine['time'][:10]}, commit {machine.get('commit', '?')}.\n"
+    )
+    return "\n".join(lines)
+
+
+def table(result: dict, way: str) -> list[str]:
+    baseline, threshold = result["baseline"], result["threshold"]
+    head = ["method", "runs", "area under curve", f"against {baseline}", "", "wins", "worse at", "final return"]
+    head.append(f"frames to {threshold:.3g}")
+    rows = [cells(row["method"], row[way]) for row in result["rows"]]
+    return ["| " + " | ".join(cell) + " |" for cell in (head, ["---"] * len(head), *rows)]
+
+
+def cells(method: str, score: dict) -> list[str]:
+    pairs, against = score["versus"], ["", "", ""]
+    if pairs:
+        relative = pairs["relative"]["value"]
+        against = [interval(pairs["difference"], "+.3g"), "" if relative is None else f"{relative:+.0%}"]
+        against.append(f"{pairs['wins']}/{pairs['pairs']}")
+    worse = "" if score["worse"] is None else f"{score['worse']}/{score['evaluations']}"
+    steps = score["steps"]["value"]
+    reached = f"{score['reached']}/{score['runs']}"
+    frames = f"{steps:,.0f} ({reached})" if steps is not None else f"({reached})"
+    return [
+        method,
+        f"{score['runs']}",
+        interval(score["area"]),
+        *against,
+        worse,
+        f"{score['final']['value']:.3g}",
+        frames,
+    ]
+
+
+def interval(estimate: dict, layout: str = ".3g") -> str:
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    return f"{value:{layout}}" if low is None else f"{value:{layout}} [{low:{layout}}, {high:{layout}}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -7,11 +7,12 @@ or a missing file becomes one `UserError` that names the key and the way out.
 import copy
 import dataclasses
 import difflib
+import math
 import os.path
 import reprlib
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -33,6 +34,17 @@ _EXPECTED = {
 
 class UserError(ValueError):
     """Something that the person at the keyboard can mend: one clear line, no traceback, exit code 2."""
+
+
+def check_numbers(settings: Any, rule: str, holds: Callable[[float], bool], *names: str) -> None:
+    """Raise UserError for the first of these numbers of `settings` that is not finite or for which `holds` is false.
+
+    `rule` says what it must be, such as "at least 0". None is no number, and passes.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not (math.isfinite(value) and holds(value)):
+            raise UserError(f"{name} must be {rule}, got {value}")
 
 
 def find_recipe(name: str | Path) -> Path:

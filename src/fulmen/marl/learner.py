@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fulmen.config import UserError
+from fulmen.config import UserError, check_numbers
 from fulmen.marl.memory import MemorySettings, State, make_memory
 from fulmen.marl.nets import ActionSpace, Network, RowAdam
 from fulmen.marl.replay import Batch
@@ -52,21 +52,15 @@ class LearnerSettings:
     def __post_init__(self) -> None:
         if not self.hidden or min(self.hidden) < 1:
             raise UserError(f"hidden must be one or more widths of at least 1, got {self.hidden}")
-        self._check("above 0", lambda x: x > 0, "actor_lr", "critic_lr", "clip", "temperature", "reward_scale")
-        self._check("at least 0", lambda x: x >= 0, "noise", "action_penalty")
-        self._check("at least 0 and at most 1", lambda x: 0 <= x <= 1, "discount")
-        self._check("above 0 and at most 1", lambda x: 0 < x <= 1, "target_rate")
-        self._check("at least 1", lambda x: x >= 1, "batch")
+        check_numbers(self, "above 0", lambda x: x > 0, "actor_lr", "critic_lr", "clip", "temperature", "reward_scale")
+        check_numbers(self, "at least 0", lambda x: x >= 0, "noise", "action_penalty")
+        check_numbers(self, "at least 0 and at most 1", lambda x: 0 <= x <= 1, "discount")
+        check_numbers(self, "above 0 and at most 1", lambda x: 0 < x <= 1, "target_rate")
+        check_numbers(self, "at least 1", lambda x: x >= 1, "batch")
         if self.central_critic and self.shared_replay:
             raise UserError(
                 "central_critic learns from steps that all agents lived together, shared_replay mixes them: choose one"
             )
-
-    def _check(self, rule: str, holds: Callable[[float], bool], *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value == float("inf") or not holds(value):
-                raise UserError(f"{name} must be {rule}, got {value}")
 
 
 class TeamLearner(nn.Module):
@@ -267,7 +261,10 @@ class TeamLearner(nn.Module):
             target.flat.lerp_(network.flat, self.settings.target_rate)
 
     def freeze(self, agents: Iterable[int]) -> None:
-        """These agents learn no more, by no update; not part of `state_dict`. Raises UserError for shared weights."""
+        """These agents learn no more, by no update; not part of `state_dict`. Raises UserError for shared weights.
+
+        `learning` lists the others: a transfer moves the weights of its own that belong to them, and no more.
+        """
         frozen = set(agents)
         self._own_weights("be frozen")
         self.learning = [agent for agent in range(self.num_agents) if agent not in frozen]

@@ -90,7 +90,7 @@ def test_the_gate_learns_in_which_contexts_to_be_a_student(shared):
         student = torch.rand(64, 1, 3) < 0.8
         target = torch.where(student == (context[..., 0] > 0), 1.0, 0.0)
         policy_loss, value_loss, _ = gate.losses(context, student, target, torch.ones_like(student))
-        gate.update(policy_loss, value_loss)
+        gate.update(policy_loss, value_loss, range(3))
     chance = gate.logit(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])[:, None].expand(-1, 3, -1)).sigmoid()
     assert (chance[0] > 0.8).all()
     assert (chance[1] < 0.2).all()
@@ -106,7 +106,7 @@ def test_replayed_steps_push_no_mode_beyond_the_limit_and_the_gate_turns_back(ce
         policy_loss, value_loss, _ = gate.losses(context, student, target, torch.ones_like(student), 0.0)
         (grad,) = torch.autograd.grad(policy_loss.sum(), gate.net.flat, retain_graph=True)
         assert grad.any().item() is moves
-    gate.update(policy_loss, value_loss)
+    gate.update(policy_loss, value_loss, range(3))
     assert (gate.logit(context).abs() < 5).all()
 
 

@@ -92,11 +92,14 @@ def students(pat, steps=1, **options):
     ("settings", "message"),
     [
         ({"gate": "sometimes"}, "gate must be one of actor_critic, bandit, .*'sometimes'"),
-        ({"epsilon_self": 1.5}, "epsilon_self is a share from 0 to 1, got 1.5"),
+        ({"epsilon_self": 1.5}, "epsilon_self must be a share from 0 to 1, got 1.5"),
         ({"mode_steps": 0}, "mode_steps must be at least 1, got 0"),
         ({"heads": 0}, "heads must be at least 1"),
-        ({"gate_lr": -1.0}, "gate_lr must not be negative"),
-        ({"gate": "bandit", "mode_steps": 5}, "the bandit chooses once an episode"),
+        ({"gate_lr": -1.0}, "gate_lr must be at least 0"),
+        ({"novelty": float("nan")}, "novelty must be a number, got nan"),
+        ({"internalise_weight": float("inf")}, "internalise_weight must be at least 0, got inf"),
+        ({"gate": "bandit", "follow": "drawn"}, "the bandit chooses one teacher for an episode"),
+        ({"gate": "bandit", "mode_steps": 5}, "the bandit chooses one teacher for an episode"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):
@@ -147,8 +150,11 @@ def test_a_quarter_of_the_time_is_self_learning_whatever_the_gate_says(gate, sha
     pat = make_pat(gate=gate, self_for=self_for)
     seen = students(pat, 60, worlds=64, episode=5)
     assert seen.mean().item() == pytest.approx(share, abs=0.03)
-    observation, own = torch.randn(1, AGENTS, SIZE), torch.zeros(1, AGENTS, ACTIONS)
-    assert pat.decide(observation, own, explore=False).student.all().item() is (gate != "never")
+    observation, own = torch.randn(200, AGENTS, SIZE), torch.zeros(200, AGENTS, ACTIONS)
+    evaluated = pat.decide(observation, own, explore=False).student.float().mean().item()
+    assert evaluated == pytest.approx(
+        {"always": 1, "random": 0.5, "never": 0}[gate], abs=0.1 if gate == "random" else 0
+    )
     if gate == "always":
         first, second, next_episode = seen[0], seen[1], seen[5]
         assert torch.equal(first, second) is (self_for == "episode")
@@ -292,6 +298,26 @@ def test_what_the_gate_learns_from(kind):
     assert student is batch.student
     assert valid is batch.valid
     assert entropy == 0.01
+
+
+def test_who_is_frozen_keeps_its_gate():
+    pat = make_pat()
+    pat.learner.freeze([0, 3])
+    before = pat.gate.net.flat.detach().clone()
+    pat.update(make_batch())
+    moved = (pat.gate.net.flat != before).any(dim=1).view(2, AGENTS)
+    assert moved.tolist() == [[False, True, True, False]] * 2
+
+
+@pytest.mark.parametrize("internalise", ["constant", "gap"])
+def test_with_the_bandit_an_agent_imitates_whom_it_follows(internalise):
+    pat, batch = make_pat(gate="bandit", returns="pair", internalise=internalise), make_batch()
+    # Agent 0 earned most by following 2; the others follow themselves.
+    set_returns(pat, [[0.0, 1.0, 90.0, 1.0], *([9.0 if i == j else 0.0 for j in range(4)] for i in (1, 2, 3))])
+    actions = torch.rand(16, 1, AGENTS, ACTIONS)
+    said, _ = pat.learner.cross_policy(batch)
+    expected = (actions[:, :, 0] - said[:, :, 0, 2]).square().mean()
+    torch.testing.assert_close(pat.actor_loss(batch, actions), torch.stack([expected, *torch.zeros(3)]))
 
 
 def test_permuting_the_agents_permutes_what_they_do():
@@ -538,6 +564,7 @@ class ToyLearner(nn.Module):
 
     def __init__(self, spec, blind=False):
         super().__init__()
+        self.learning = range(AGENTS)
         self.blind, self.space = blind, ActionSpace(spec, 0.1, 1.0, "cpu")
         self.spec, self.num_agents, self.context_size, self.feature_size = spec, AGENTS, 2 * AGENTS, AGENTS
         self.settings = SimpleNamespace(discount=0.9, shared_weights=False, memory=SimpleNamespace(kind="none"))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fulmen.config import UserError
+from fulmen.config import UserError, check_numbers
 from fulmen.marl.spec import TeamSpec
 from fulmen.marl.transfer.base import Decision, Experience, Transfer
 from fulmen.marl.transfer.selector import step_batch, teacher_mask
@@ -39,14 +39,8 @@ class AdHocSettings:
     samples: int = 16  # actions over which AdHocTD looks for the range of Q; all choices where actions are discrete
 
     def __post_init__(self) -> None:
-        for name in ("ask_budget", "give_budget"):
-            budget = getattr(self, name)
-            if budget is not None and budget < 0:
-                raise UserError(f"{name} must be at least 0, got {budget}; leave it out for no limit")
-        for name in ("ask_rate", "give_rate"):
-            rate = getattr(self, name)
-            if rate is not None and rate <= 0:
-                raise UserError(f"{name} must be above 0, got {rate}")
+        check_numbers(self, "at least 0, or left out for no limit", lambda x: x >= 0, "ask_budget", "give_budget")
+        check_numbers(self, "above 0", lambda x: x > 0, "ask_rate", "give_rate")
         if not 1 <= self.bits <= 24:
             raise UserError(f"bits of the hash must be between 1 and 24, got {self.bits}")
         if self.samples < 2:

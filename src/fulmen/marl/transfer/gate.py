@@ -3,7 +3,7 @@
 Letters: W worlds, N agents, i the student, j the teacher, C context, B sequences, T steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,11 +77,12 @@ class StudentActorCritic(nn.Module):
         outputs, _ = run_layers(x, flat, self.net.layers)
         return outputs.view(-1, context.shape[-2], *context.shape[:-2]).movedim(1, -1)
 
-    def update(self, policy_loss: Tensor, value_loss: Tensor) -> None:
-        """One step on the losses [N]; each agent's is its own where weights are not shared."""
+    def update(self, policy_loss: Tensor, value_loss: Tensor, learning: Sequence[int]) -> None:
+        """One step on the losses [N]: of the agents in `learning`, each by its own; of a shared gate, by their mean."""
         loss = policy_loss + value_loss
         (grad,) = torch.autograd.grad(loss.mean() if self.sets == 1 else loss.sum(), self.net.flat)
-        self.optimizer.step(self.net, grad, range(len(self.net.flat)))
+        agents = [0] if self.sets == 1 else learning
+        self.optimizer.step(self.net, grad, [*agents, *(self.sets + agent for agent in agents)])
 
     def renew_agent(self, index: int) -> None:
         """Begin from scratch for one agent; a shared gate stays as it is."""

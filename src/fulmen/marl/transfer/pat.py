@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fulmen.config import UserError
+from fulmen.config import UserError, check_numbers
 from fulmen.marl.replay import Batch
 from fulmen.marl.spec import TeamSpec
 from fulmen.marl.transfer.base import Decision, Experience, Transfer
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Share of the way that the running mean of values moves in an update.
 VALUE_RATE = 0.01
+# Tensors [N] that begin anew with an agent.
+MEASURED = ("frames", "value_mean", "value_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class PATSettings:
         several tasks, whose own critic cannot judge teachers yet; best with returns = "pair".
         "always": an agent follows whenever epsilon_self lets it. To see what the attention alone is worth.
         "never": nobody acts as a student; knowledge moves by internalising alone.
-        "random": one step in two. The gate's own baseline.
+        "random": one step in two, in evaluations too. The gate's own baseline.
     follow, what a student does while it learns (an evaluation always mixes)
         "mixture": the teachers' actions weighed by the attention, as the paper has it.
         "drawn": the action of one teacher, drawn by the attention for `mode_steps` steps. Explores as far as single
@@ -97,16 +99,14 @@ class PATSettings:
         for name, kind in get_type_hints(type(self)).items():
             if (choices := get_args(kind)) and getattr(self, name) not in choices:
                 raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not 0 <= self.epsilon_self <= 1:
-            raise UserError(f"epsilon_self is a share from 0 to 1, got {self.epsilon_self}")
-        for name in ("mode_steps", "novelty_frames", "return_window", "selector_size", "heads", "gate_hidden"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("internalise_weight", "gate_return_bias", "selector_lr", "gate_lr", "gate_entropy"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.gate == "bandit" and self.mode_steps != 1:
-            raise UserError("the bandit chooses once an episode: leave mode_steps at 1")
+        check_numbers(self, "a share from 0 to 1", lambda x: 0 <= x <= 1, "epsilon_self")
+        whole = ("mode_steps", "novelty_frames", "return_window", "selector_size", "heads", "gate_hidden")
+        check_numbers(self, "at least 1", lambda x: x >= 1, *whole)
+        weights = ("internalise_weight", "gate_return_bias", "selector_lr", "gate_lr", "gate_entropy")
+        check_numbers(self, "at least 0", lambda x: x >= 0, *weights)
+        check_numbers(self, "a number", lambda x: True, "novelty", "bias_scale")
+        if self.gate == "bandit" and (self.mode_steps != 1 or self.follow != "mixture"):
+            raise UserError("the bandit chooses one teacher for an episode: leave mode_steps at 1, follow at 'mixture'")
 
 
 class PAT(Transfer):
@@ -138,7 +138,8 @@ class PAT(Transfer):
             count, learner.context_size, hidden=s.gate_hidden, shared=s.shared_gate, lr=s.gate_lr, device=device
         )
         self.frames = torch.zeros(count, device=device)
-        self.value_mean = torch.zeros(count, device=device)
+        # A running mean of each agent's values, and the weight of what is in it.
+        self.value_mean, self.value_weight = torch.zeros(2, count, device=device)
         self._dimensions = distance_weights(learner.spec).to(device)
         self.held = Held()
         self.has_teachers = bool(self.teachers.any())
@@ -204,7 +205,8 @@ class PAT(Transfer):
     def _choose_modes(self, context: Tensor, attention: Tensor, explore: bool) -> Tensor:
         chance = self.student_logit(context, attention).sigmoid()
         if not explore:
-            return chance >= 0.5
+            # The likeliest mode; a gate that knows nothing leaves an agent to itself.
+            return torch.rand_like(chance) < chance if self.settings.gate == "random" else chance > 0.5
         student = self.held.hold("student", torch.rand_like(chance) < chance, self.settings.mode_steps)
         return student & ~self._alone(student)
 
@@ -227,6 +229,11 @@ class PAT(Transfer):
         student = arms != own
         followed = functional.one_hot(arms, count).to(attention.dtype)
         return student, torch.where(student[..., None], followed, attention)
+
+    def _best_arms(self) -> Tensor:
+        """[N, N] attention on whom each agent follows in an evaluation; a row of zeros for who follows itself."""
+        best = self.bandit.best()
+        return functional.one_hot(best, len(best)) * self.teachers.float()
 
     def _tell_alone(self) -> None:
         if not self._told_alone:
@@ -252,9 +259,13 @@ class PAT(Transfer):
         if s.internalise == "none" or not self.has_teachers:
             return None
         look = self._look(batch)
-        taught = look.taught.detach()
+        attention, taught = look.attention, look.taught.detach()
         with torch.no_grad():
-            beta = self.beta(batch, look.advice, look.attention, taught)
+            if s.gate == "bandit":
+                # It imitates whom it follows; the critic that taught the selector may not know the teachers yet.
+                attention = self._best_arms().expand_as(attention)
+                taught = self.taught(look.advice, attention)
+            beta = self.beta(batch, look.advice, attention, taught)
         error = ((actions - taught).square() * self._dimensions).sum(-1)
         return s.internalise_weight * agent_means(beta * error, batch.valid)
 
@@ -263,10 +274,10 @@ class PAT(Transfer):
         kind = self.settings.internalise
         if kind == "gap":
             return self._gap(attention).clamp(0, 1)
-        taught_by = self.teachers.any(-1)
+        taught_by = (attention.sum(-1) > 0).float()
         if kind == "constant":
-            return taught_by.expand(attention.shape[:-1]).float()
-        return (self._gain(batch, advice, taught) > 0).float() * taught_by
+            return taught_by
+        return (self._gain(batch, advice, taught) > 0) * taught_by
 
     def update(self, batch: Batch) -> dict[str, float]:
         if not self.has_teachers:
@@ -286,7 +297,8 @@ class PAT(Transfer):
     def _update_selector(self, batch: Batch, taught: Tensor) -> dict[str, Tensor]:
         """Ascend Q_i(h_i, a^S): the gradient reaches the selector alone."""
         value = agent_means(self.learner.value(batch, taught), batch.valid)
-        loss = -(value * self.teachers.any(-1)).sum() / self.teachers.any(-1).sum()
+        students = self.teachers.any(-1)
+        loss = -(value * students).sum() / students.sum()
         parameters = [p for p in self.selector.parameters() if p.requires_grad]
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             # A product's gradient may lie transposed, which a GPU's fused Adam does not take.
@@ -302,7 +314,7 @@ class PAT(Transfer):
         policy_loss, value_loss, entropy = self.gate.losses(
             look.advice.context, batch.student, target, batch.valid, self.settings.gate_entropy
         )
-        self.gate.update(policy_loss, value_loss)
+        self.gate.update(policy_loss, value_loss, self.learner.learning)
         return {
             "gate_policy_loss": policy_loss.detach().mean(),
             "gate_value_loss": value_loss.detach().mean(),
@@ -318,7 +330,8 @@ class PAT(Transfer):
             return batch.student * self._gain(batch, advice, taught)
         value = self.learner.value(batch, batch.action)
         mean = agent_means(value, batch.valid)
-        self.value_mean = torch.lerp(self.value_mean, mean, VALUE_RATE) if self.value_mean.any() else mean
+        self.value_weight = self.value_weight + VALUE_RATE * (1 - self.value_weight)
+        self.value_mean = torch.lerp(self.value_mean, mean, VALUE_RATE / self.value_weight)
         return (value > self.value_mean).float()
 
     def _gain(self, batch: Batch, advice: Advice, taught: Tensor) -> Tensor:
@@ -353,20 +366,22 @@ class PAT(Transfer):
 
     def renew_agent(self, index: int) -> None:
         """A newcomer takes this agent's place: its gate, its novelty and all that was measured of it begin anew."""
-        self.frames = self.frames.index_fill(0, torch.tensor([index], device=self.frames.device), 0)
+        for name in MEASURED:
+            setattr(self, name, getattr(self, name).index_fill(0, torch.tensor([index], device=self.frames.device), 0))
         self.gate.renew_agent(index)
         self.returns.renew_agent(index)
 
     def state_dict(self) -> dict[str, Any]:
         modules = ("selector", "selector_optimizer", "gate", "returns", "teaching")
         state = {name: getattr(self, name).state_dict() for name in modules}
-        return state | {"frames": self.frames, "value_mean": self.value_mean, "held": self.held.state_dict()}
+        return state | {name: getattr(self, name) for name in MEASURED} | {"held": self.held.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in ("selector", "selector_optimizer", "gate", "returns", "teaching"):
             getattr(self, name).load_state_dict(state[name])
         device = self.value_mean.device
-        self.frames, self.value_mean = (state[name].to(device, copy=True) for name in ("frames", "value_mean"))
+        for name in MEASURED:
+            setattr(self, name, state[name].to(device, copy=True))
         self.held.load_state_dict(state["held"], device)
         self._attention = self._looked = None
 

@@ -127,12 +127,12 @@ def step_batch(observation: Tensor, actions: Tensor, state: Mapping[str, Tensor]
 
 
 class TeacherSelector(nn.Module):
-    """alpha_ij = softmax_j(W_q [h_i, z_i] . W_k z_j / sqrt(D) + scale bias_ij), averaged over heads (pat.md, step 2).
+    """alpha_ij = softmax_j(W_q [h_i, z_i] . W_k z_j / sqrt(D) + scale bias_ij), averaged over heads.
 
-    h_i is the student's context; z_j are the features of j's actor on the student's observation, and what it would do
-    (our choice; the paper says only 'learning information'). The student's own z_i in the query is our choice too: an
-    observation alone does not say which of two tasks an agent has, its policy does. No weight depends on the number of
-    agents, so the selector can move to another team.
+    Item 3 of docs/marl.md. h_i is the student's context; z_j are the features of j's actor on the student's
+    observation, and what it would do (our choice; the paper says only 'learning information'). The student's own z_i in
+    the query is our choice too: an observation alone does not say which of two tasks an agent has, its policy does. No
+    weight depends on the number of agents, so the selector can move to another team.
     """
 
     def __init__(

@@ -66,8 +66,8 @@ COMPARISONS = {
     ),
     "dense": Comparison(
         title="Dense rewards",
-        question="Everybody learns well alone. Does PAT do harm?",
-        command=f"marl/dense {TEN}",
+        question="Everybody learns well alone. Does PAT do harm? (And does MADDPG learn where rewards are not sparse?)",
+        command=f"marl/dense {TEN} --methods none,pat,maddpg",
     ),
     "spread": Comparison(
         title="simple_spread",

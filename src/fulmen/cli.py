@@ -212,7 +212,7 @@ def _add_marl(verbs) -> None:
     )
     parser.add_argument("--baseline", metavar="NAME", default="none", help="method to compare with (default: none)")
     parser.add_argument("--seeds", type=_count, default=10, help="runs of each method (default: 10)")
-    parser.add_argument("--workers", type=_count, help="processes at a time (default: one a core)")
+    parser.add_argument("--workers", type=_count, help="processes at a time (default: cores / run.threads)")
     _recipe_arguments(parser, "runs/marl/NAME-OF-RECIPE-compare")
     parser = _verb(
         verbs, "render", _marl_render, "draw an episode of a trained team", "fulmen marl render runs/marl/sparse"

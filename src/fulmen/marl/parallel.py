@@ -1,5 +1,6 @@
 """Runs in processes of their own, several at a time: what is done stays done, what breaks breaks alone."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
-from fulmen.config import UserError, dump_recipe
+from fulmen.config import UserError, dump_recipe, load_recipe
 from fulmen.run import Progress, RunDirectory, StopRequest, write_atomic
 
 FINISHED = "finished.toml"
@@ -28,7 +29,7 @@ Train = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run: what to train, in which folder. Its recipe has run.frames."""
+    """One run: what to train, in which folder. Its recipe has run.frames, and may have run.threads."""
 
     method: str
     seed: int
@@ -40,14 +41,21 @@ class Job:
         """All that the run writes to its terminal."""
         return self.path.with_name(f"{self.path.name}.log")
 
+    @property
+    def threads(self) -> int:
+        """Of PyTorch, in its process."""
+        return getattr(self.recipe.run, "threads", 1)
+
     def finished(self) -> bool:
         """Whether it was trained to its end. UserError if that was by another recipe."""
         mark = self.path / FINISHED
         if not mark.exists():
             return False
-        if mark.read_text() != dump_recipe(self.recipe):
-            raise UserError(f"{self.path} is a finished run of another recipe: delete it, or choose another folder")
-        return True
+        # Read by today's schema, in which a key that the recipe did not have yet is at its default.
+        with contextlib.suppress(UserError):
+            if load_recipe(mark, type(self.recipe)) == self.recipe:
+                return True
+        raise UserError(f"{self.path} is a finished run of another recipe: delete it, or choose another folder")
 
     def frames(self) -> int:
         """How far the run is, from its last line of metrics."""
@@ -80,17 +88,18 @@ class Outcome:
 
 
 def run_jobs(jobs: Sequence[Job], train: Train, *, workers: int | None = None, file: TextIO | None = None) -> Outcome:
-    """Train every job that is not finished in a process of its own, `workers` at a time (None: one a core).
+    """Train every job that is not finished in a process of its own, `workers` at a time.
 
-    A process has one thread of PyTorch and writes what it says to the job's log. What was interrupted goes on; a run
+    A process has `run.threads` threads of PyTorch, without that key one; by default there are as many processes as the
+    cores can feed, at least one. A process writes what it says to the job's log. What was interrupted goes on; a run
     that fails, or is killed, is reported and leaves the others alone. Ctrl-C lets the running ones save a snapshot and
     end, a second one ends them at once. Progress goes to `file` (default: stdout).
 
-    Raises `UserError` for a job that was finished by another recipe, or no worker.
+    Raises `UserError` for a job that was finished by another recipe, a folder that cannot be made, or no worker.
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
-    pool = _Pool(train, workers or _cores(), [job for job in jobs if not job.finished()])
+    pool = _Pool(train, workers or _count_workers(jobs), [job for job in jobs if not job.finished()])
 
     def frames() -> int:
         return sum(job.frames() if job in pool.unfinished else job.recipe.run.frames for job in jobs)
@@ -149,7 +158,10 @@ class _Pool:
         return failed | {"running": " ".join(f"{job.method}/{job.seed}" for job, _ in self._running)}
 
     def _start(self, job: Job) -> None:
-        job.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            job.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {job.path.parent}: {error.strerror}") from None
         process = self._context.Process(target=_work, args=(self._train, job), daemon=True)
         process.start()
         self._running.append((job, process))
@@ -165,7 +177,7 @@ class _Pool:
 
 def _work(train: Train, job: Job) -> None:
     """The life of a process: one run."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(job.threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(job.log, "wb") as log:
         for terminal in (1, 2):
@@ -197,7 +209,12 @@ def _reason(job: Job, code: int) -> str:
     return next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
 
 
-def _cores() -> int:
+def _count_workers(jobs: Sequence[Job]) -> int:
+    """So many that their threads have a core each."""
+    return max(1, _count_cores() // max((job.threads for job in jobs), default=1))
+
+
+def _count_cores() -> int:
     # Where the system says so, the cores that this process may use are fewer than those there are.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

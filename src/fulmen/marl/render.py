@@ -41,7 +41,7 @@ def draw_curves(directory: RunDirectory, agents: Sequence[str]) -> tuple[Path, .
 def render_episode(path: str | Path, *, seed: int = 0, own: bool = False, out: str | Path | None = None) -> Path:
     """Draw an episode of the team that the run in `path` trained: a GIF, by default in the run's folder of plots.
 
-    The team acts without noise, as it has learned to; with `own`, by the agents' own policies only.
+    The team acts on the CPU and without noise, as it has learned to; with `own`, by the agents' own policies only.
     Raises `UserError` for a folder without a team, a world that cannot be drawn, a seed or file that cannot be.
     """
     out = RunDirectory(path).plots / "episode.gif" if out is None else Path(out)
@@ -49,7 +49,7 @@ def render_episode(path: str | Path, *, seed: int = 0, own: bool = False, out: s
         raise UserError(f"an episode is drawn as a GIF: {out} must end in .gif")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed must be at least 0 and below 2**63, got {seed}")
-    team = load_team(path)
+    team = load_team(path, device="cpu")
     frames = rollout(team.world, team.learner, Transfer(team.learner) if own else team.transfer, seed)
     extent = fit([frame.scene for frame in frames])
     pictures = [

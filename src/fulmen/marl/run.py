@@ -88,7 +88,7 @@ def train(
         stage = build_world(recipe, num_worlds=min(recipe.run.episodes, MOST_WORLDS))
         report(f"team: {team.describe()}")
         if snapshot is None:
-            begin_from(team, recipe)
+            begin_from(team, recipe, report)
         else:
             team.load_state_dict(join_state(snapshot.tensors(), snapshot.state))
         # From here on the run has begun.

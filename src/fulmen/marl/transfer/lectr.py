@@ -312,9 +312,13 @@ class LeCTR(Transfer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in MODULES:
             getattr(self, name).load_state_dict(state[name])
-        self.fixed, self.usual, self.lessons = state["fixed"].clone(), state["usual"].clone(), state["lessons"]
-        self.metrics = dict(state["metrics"])
-        self.rollout = [(Advice(*advice), Experience(*lived)) for advice, lived in state["rollout"]]
+        device = next(self.learner.parameters()).device
+        self.fixed, self.usual = (state[name].to(device, copy=True) for name in ("fixed", "usual"))
+        self.lessons, self.metrics = state["lessons"], dict(state["metrics"])
+        self.rollout = [
+            (Advice(*(part.to(device) for part in advice)), Experience(*(part.to(device) for part in lived)))
+            for advice, lived in state["rollout"]
+        ]
         self.pending = None
 
 

@@ -256,7 +256,8 @@ class RowAdam(nn.Module):
     def step(self, stack: Stack, grad: Tensor, rows: Sequence[int]) -> Tensor:
         """Move these rows along grad [S, P], whose rows are no longer than `clip`; the lengths before that, [S]."""
         norm = torch.linalg.vector_norm(grad, dim=1)
-        grad = grad * (self.clip / (norm + 1e-6)).clamp(max=1)[:, None]
+        # The fused step reads memory in order, whatever the strides say.
+        grad = (grad * (self.clip / (norm + 1e-6)).clamp(max=1)[:, None]).contiguous()
         tensors = (tensor.unbind() for tensor in (stack.flat.detach(), grad, self.mean, self.square, self.steps))
         groups = [[pieces[row] for row in rows] for pieces in tensors]
         adam(

@@ -301,7 +301,7 @@ class PAT(Transfer):
         loss = -(value * students).sum() / students.sum()
         parameters = [p for p in self.selector.parameters() if p.requires_grad]
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            # A product's gradient may lie transposed, which a GPU's fused Adam does not take.
+            # A product's gradient may lie transposed: fused Adam refuses it on a GPU and reads it wrongly on a CPU.
             parameter.grad = grad.contiguous()
         self.selector_optimizer.step()
         return {"taught_value": -loss.detach()}

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from fulmen.marl.compare import (
     trained_level,
 )
 from fulmen.marl.export import RunCurves
-from fulmen.marl.parallel import FINISHED, Failure
+from fulmen.marl.parallel import FINISHED, Failure, Job, _count_workers
 from fulmen.run import RunDirectory
 
 # New processes import the trainer by its name, so it is a module of its own.
@@ -59,6 +60,7 @@ class Learner:
 class Run:
     seed: int = 0
     frames: int = 200
+    threads: int = 1
     newcomers: tuple[int, ...] = ()
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +235,95 @@ def test_finished_runs_stay_and_others_go_on(trainer, tmp_path):
     assert starts(folder / "bug" / "seed-0") == 2
     with pytest.raises(UserError, match="finished run of another recipe"):
         run("none", trainer.Recipe(run=trainer.Run(frames=300)))
+    # A key that recipes had not yet then is no other recipe.
+    mark = folder / "none" / "seed-0" / FINISHED
+    mark.write_text(mark.read_text().replace("size = 1\n", ""))
+    run("none")
+    assert starts(folder / "none" / "seed-0") == 1
+    for text in ("size = 1\n", "torn"):
+        mark.write_text(text)
+        with pytest.raises(UserError, match="finished run of another recipe"):
+            run("none")
+
+
+def test_as_many_workers_as_the_cores_can_feed(trainer, tmp_path, monkeypatch):
+    def job(run):
+        return Job(method="none", seed=0, recipe=SimpleNamespace(run=run), path=tmp_path)
+
+    monkeypatch.setattr("fulmen.marl.parallel._count_cores", lambda: 8)
+    one, three, twenty = (job(trainer.Run(threads=threads)) for threads in (1, 3, 20))
+    assert [_count_workers(jobs) for jobs in ([one], [one, three], [twenty], [])] == [8, 2, 1, 8]
+    assert job(SimpleNamespace(frames=1)).threads == 1
+
+    asked = []
+    monkeypatch.setattr("fulmen.marl.parallel._count_workers", lambda jobs: asked.extend(jobs) or 1)
+    recipe = trainer.Recipe(run=trainer.Run(threads=2))
+    run_methods(recipe, [method("none")], [0], tmp_path, train=trainer.train, file=io.StringIO())
+    assert [job.threads for job in asked] == [2]
+    assert (tmp_path / "none" / "seed-0" / "starts").read_text() == "2\n"
+
+
+def test_a_second_comparison_in_the_same_folder_touches_nothing(trainer, tmp_path):
+    folder = tmp_path / "runs"
+    run = folder / "slow" / "seed-0"
+    process = multiprocessing.get_context("forkserver").Process(target=trainer.compare_slow, args=(folder,))
+    process.start()
+    try:
+        wait_for(lambda: (run / "waiting").exists() or not process.is_alive())
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert b"hello from slow" in before[folder / "slow" / "seed-0.log"]
+        for name in ("slow", "none"):
+            with pytest.raises(UserError, match=rf"another comparison is at work in {folder}: wait, stop it, or"):
+                compare(
+                    trainer.Recipe(), folder, methods=[method(name)], seeds=1, train=trainer.train, file=io.StringIO()
+                )
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    finally:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "go").touch()
+        process.join()
+    assert (run / FINISHED).exists()
+    assert not RunDirectory(folder).recipe.exists()
+
+
+def test_a_comparison_holds_its_folder_until_all_is_written(trainer, tmp_path, monkeypatch):
+    def again(*_):
+        run_methods(trainer.Recipe(), [method("none")], [0], tmp_path, train=trainer.train, file=io.StringIO())
+
+    monkeypatch.setattr("fulmen.marl.compare._save", again)
+    with pytest.raises(UserError, match="another comparison is at work in"):
+        compare(trainer.Recipe(), tmp_path, methods=[method("none")], seeds=1, train=trainer.train, file=io.StringIO())
+    again()
+
+
+def test_folders_that_cannot_be_made_are_one_line(trainer, tmp_path):
+    (tmp_path / "none").touch()
+    for folder, message in (
+        (tmp_path / "none", r"cannot use .*none as the folder of a comparison: File exists"),
+        (tmp_path, r"cannot make the folder .*none: File exists"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_methods(trainer.Recipe(), [method("none")], [0], folder, train=trainer.train, file=io.StringIO())
+
+
+def test_a_full_disk_leaves_no_half_table(trainer, tmp_path, monkeypatch):
+    def refuse(file):
+        raise OSError(28, "No space left on device")
+
+    def again():
+        return compare(
+            trainer.Recipe(), tmp_path, methods=["none", "pat"], seeds=1, train=trainer.train, file=io.StringIO()
+        )
+
+    with monkeypatch.context() as patch:
+        # The runs are other processes, and have room.
+        patch.setattr("fulmen.run.files.sync", refuse)
+        with pytest.raises(UserError, match=r"cannot write .*comparison\.json: No space left on device"):
+            again()
+    assert not list(tmp_path.glob("*comparison*"))
+    assert [row.method for row in again().rows] == ["none", "pat"]
+    assert starts(tmp_path / "none" / "seed-0") == 1
+    assert (tmp_path / "comparison.json").exists()
 
 
 def wait_for(happened, seconds=60):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fulmen.config import load_recipe
-from fulmen.marl import MarlRecipe, train
+from fulmen.marl import TRANSFERS, MarlRecipe, load_team, render_episode, train
 from fulmen.marl.learner import LearnerSettings, MemorySettings, TeamLearner
 from fulmen.marl.replay import Batch
 from fulmen.marl.worlds import make_environment
@@ -59,13 +59,10 @@ def test_an_update_is_the_same_as_on_a_cpu(memory, device):
         )
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize("memory", MEMORIES)
-def test_a_whole_run_with_pat(memory, device, tmp_path):
+def small(device, *more):
+    """A recipe of ten steps."""
     overrides = (
         f"run.device={device}",
-        f"learner.memory.kind={memory}",
-        "learner.memory.size=16",
         "learner.hidden=[16]",
         "learner.batch=4",
         "world.options.max_steps=6",
@@ -75,8 +72,31 @@ def test_a_whole_run_with_pat(memory, device, tmp_path):
         "run.snapshot_every=80",
         "run.episodes=2",
     )
-    recipe = load_recipe("marl/sparse", MarlRecipe, overrides)
+    return load_recipe("marl/sparse", MarlRecipe, (*overrides, *more))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_whole_run_with_pat(memory, device, tmp_path):
+    recipe = small(device, f"learner.memory.kind={memory}", "learner.memory.size=16")
     result = train(recipe, tmp_path / "run")
     assert result.frames == 160
     assert result.checkpoint is not None
     assert all(math.isfinite(line[key]) for line in result.evaluations for key in ("own_return", "pat_return"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("transfer", TRANSFERS)
+def test_every_transfer_is_resumed_loaded_and_drawn(transfer, device, tmp_path):
+    run, options = tmp_path / "run", (f"transfer.name={transfer}", "transfer.options={}")
+    train(small(device, *options), run)
+    result = train(small(device, *options, "run.frames=320"), run, resume=True)
+    assert result.frames == 320
+    for path in (run, run / "checkpoint"):
+        team = load_team(path)
+        assert (team.frames, team.world.device.type) == (320, device)
+    assert load_team(run, device="cpu").world.device.type == "cpu"
+    # Without the checkpoint it is the last snapshot's.
+    (run / "checkpoint" / "team.json").unlink()
+    assert load_team(run).frames == 320
+    assert render_episode(run, seed=1).exists()

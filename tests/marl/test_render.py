@@ -36,6 +36,13 @@ def test_the_same_seed_gives_the_same_film_and_another_another(run, tmp_path):
     assert films[0] == films[1] != films[2]
 
 
+def test_a_team_trained_on_a_gpu_is_drawn_without_one(run):
+    recipe = run / "checkpoint" / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('device = "cpu"', 'device = "cuda:99"'))
+    assert "cuda:99" in recipe.read_text()
+    assert render_episode(run).exists()
+
+
 def test_own_policies_attend_to_nobody(run, tmp_path):
     """The film of own policies has no legend of arrows, and is therefore lower."""
     sizes = []

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -29,6 +30,7 @@ from fulmen.marl.statistics import (
     score_curves,
 )
 from fulmen.run import RunDirectory, write_atomic
+from fulmen.run.files import lock_file
 
 WAYS = {"transfer": "acting with transfer", "own": "own policies only"}
 """The two ways of acting that are always reported apart, and their names."""
@@ -117,25 +119,47 @@ def run_methods(
 
     `train` is `fulmen.marl.run.train` or another that can be called and resumed like it.
 
-    Raises `UserError` for methods or seeds that are none or double, and as `run_jobs`.
+    Raises `UserError` for methods or seeds that are none or double, a folder in which another comparison is at work,
+    and as `run_jobs`.
     """
+    jobs = _list_jobs(recipe, methods, seeds, folder)
+    with _alone_in(folder):
+        return run_jobs(jobs, train or _our_train(), workers=workers, file=file)
+
+
+def _list_jobs(recipe: Any, methods: Sequence[Method], seeds: Sequence[int], folder: str | Path) -> list[Job]:
+    """Seed by seed, so that what is done when the time is up can be compared."""
     for what, chosen in (("methods", [method.name for method in methods]), ("seeds", list(seeds))):
         if not chosen or len(set(chosen)) != len(chosen):
             raise UserError(f"a comparison needs at least one of its {what}, and each once, got {chosen}")
-    if train is None:
-        # Whoever brings a trainer needs nothing of ours.
-        from fulmen.marl.run import train
-    # Seed by seed, so that what is done when the time is up can be compared.
-    jobs = [
-        Job(method=m.name, seed=seed, recipe=m.recipe(recipe, seed), path=_run_folder(folder, m.name, seed))
+    return [
+        Job(method=m.name, seed=seed, recipe=m.recipe(recipe, seed), path=Path(folder) / m.name / f"seed-{seed}")
         for seed in seeds
         for m in methods
     ]
-    return run_jobs(jobs, train, workers=workers, file=file)
 
 
-def _run_folder(folder: str | Path, method: str, seed: int) -> Path:
-    return Path(folder) / method / f"seed-{seed}"
+def _our_train() -> Train:
+    # Whoever brings a trainer needs nothing of ours.
+    from fulmen.marl.run import train
+
+    return train
+
+
+@contextmanager
+def _alone_in(folder: str | Path) -> Iterator[None]:
+    """Hold a comparison's folder for this process. UserError if another one compares there, or it cannot be used."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Hidden: a method may be called `lock`, and the folder is no run's.
+        lock = lock_file(folder / ".lock", wait=False)
+    except BlockingIOError:
+        raise UserError(f"another comparison is at work in {folder}: wait, stop it, or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"cannot use {folder} as the folder of a comparison: {error.strerror}") from None
+    with lock:
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,34 +326,40 @@ def compare(
     """
     folder, seeds = Path(folder), range(seeds) if isinstance(seeds, int) else seeds
     methods = [find_method(method) if isinstance(method, str) else method for method in methods]
-    outcome = run_methods(recipe, methods, seeds, folder, workers=workers, train=train, file=file)
-    if outcome.stopped_by is not None:
-        raise KeyboardInterrupt
-    failures = outcome.failures
-    failed = {(failure.method, failure.seed) for failure in failures}
+    jobs = _list_jobs(recipe, methods, seeds, folder)
     newcomers = getattr(recipe.run, "newcomers", ())
-    runs = {
-        method.name: {
-            seed: read_curves(RunDirectory(_run_folder(folder, method.name, seed)).metrics, newcomers)
-            for seed in seeds
-            if (method.name, seed) not in failed
-        }
-        for method in methods
-    }
-    if len(failures) == len(methods) * len(seeds):
-        raise UserError(f"every run failed, {failures[0].method} with seed {failures[0].seed}: {failures[0].error}")
-    level = trained_level(runs)
-    comparison = summarise(
-        runs,
-        title=f"{folder.name}, the newcomers" if newcomers else folder.name,
-        baseline=baseline,
-        threshold=level if threshold is None else threshold,
-        failures=failures,
-    )
-    _save(comparison, runs, folder)
-    if level is not None:
-        _draw_newcomers(comparison, runs, folder / "plots")
+    with _alone_in(folder):
+        outcome = run_jobs(jobs, train or _our_train(), workers=workers, file=file)
+        if outcome.stopped_by is not None:
+            raise KeyboardInterrupt
+        failures = outcome.failures
+        if len(failures) == len(jobs):
+            raise UserError(f"every run failed, {failures[0].method} with seed {failures[0].seed}: {failures[0].error}")
+        runs = _read_runs(jobs, failures, newcomers)
+        level = trained_level(runs)
+        comparison = summarise(
+            runs,
+            title=f"{folder.name}, the newcomers" if newcomers else folder.name,
+            baseline=baseline,
+            threshold=level if threshold is None else threshold,
+            failures=failures,
+        )
+        _save(comparison, runs, folder)
+        if level is not None:
+            _draw_newcomers(comparison, runs, folder / "plots")
     return comparison
+
+
+def _read_runs(
+    jobs: Sequence[Job], failures: Iterable[Failure], newcomers: Sequence[int]
+) -> dict[str, dict[int, RunCurves]]:
+    """The curves of all runs that did not fail, by method and seed; a method of failures alone has none."""
+    failed = {(failure.method, failure.seed) for failure in failures}
+    runs = {job.method: {} for job in jobs}
+    for job in jobs:
+        if (job.method, job.seed) not in failed:
+            runs[job.method][job.seed] = read_curves(RunDirectory(job.path).metrics, newcomers)
+    return runs
 
 
 def _save(comparison: Comparison, runs: Mapping[str, Mapping[int, RunCurves]], folder: Path) -> None:

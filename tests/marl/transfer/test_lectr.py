@@ -321,6 +321,16 @@ def test_same_seed_same_decisions_also_after_a_resume():
     assert not torch.equal(expected, run(make(**settings), 2, 12))
 
 
+def test_a_state_comes_back_on_the_learners_device():
+    first, second = make(), make()
+    step(first)
+    # The CPU's stand-in for a GPU: snapshots are read to the CPU all the same.
+    second.learner.to("meta")
+    second.load_state_dict(first.state_dict())
+    advice, lived = second.rollout[0]
+    assert {tensor.device.type for tensor in (second.fixed, second.usual, *advice, *lived)} == {"meta"}
+
+
 def test_an_evaluation_draws_and_records_nothing():
     transfer = make(agents=2)
     force(transfer, ask=True, say=1)

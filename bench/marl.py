@@ -84,7 +84,7 @@ def bench_learning(peers: str | None, turns: int, device: torch.device) -> dict:
     for _ in range(turns):
         arguments = (*CYCLE.values(), 5, torch.get_num_threads())
         theirs.append(peer(peers, "benchmarl_iddpg.py", *arguments) if peers else None)
-        ours.append(learning_rate(device))
+        ours.append(learning_speed(device))
     row = summary(ours, theirs)
     table = Table("ours", "BenchMARL IDDPG on VMAS", "ratio", title="frames a second, worlds and learning together")
     table.add_row(*(number(row.get(key)) for key in ("ours", "peer", "ratio")))
@@ -97,15 +97,15 @@ def bench_memory(peers: str | None, turns: int, device: torch.device) -> dict:
     table = Table(
         "episodes a batch", "lightning", "LSTM", "ratio", title=f"steps learned from a second, episodes of {EPISODE}"
     )
-    results = {}
+    results, kinds = {}, ("lightning", "lstm")
     for episodes in BATCHES:
-        rates = {kind: [] for kind in ("lightning", "lstm")}
+        rates = {kind: [] for kind in kinds}
         updates = {kind: memory_update(kind, episodes, device) for kind in rates}
         for _ in range(turns):
             for kind, update in updates.items():
                 rates[kind].append(episodes * EPISODE / seconds(update, device))
-        row = results[str(episodes)] = summary(*rates.values())
-        table.add_row(f"{episodes}", *(number(row[key]) for key in ("ours", "peer", "ratio")))
+        row = results[str(episodes)] = summary(*rates.values(), names=kinds)
+        table.add_row(f"{episodes}", *(number(row[key]) for key in (*kinds, "ratio")))
     CONSOLE.print(table)
     return results
 
@@ -139,7 +139,8 @@ def mpe2_rate(steps: int = 1000) -> float:
     return steps / seconds(run, torch.device("cpu"))
 
 
-def learning_rate(device: torch.device) -> float:
+def learning_speed(device: torch.device) -> float:
+    """Frames a second."""
     environment = make_environment("spread", num_worlds=CYCLE["worlds"], agents=AGENTS, max_steps=100, device=device)
     learner = TeamLearner(environment.spec, LearnerSettings(batch=CYCLE["batch"], hidden=(64, 64)), device=device)
     every = CYCLE["frames"] // CYCLE["worlds"] // CYCLE["updates"]
@@ -188,10 +189,13 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def summary(ours: list[float], theirs: list[float | None]) -> dict[str, float]:
-    row = {"ours": statistics.median(ours)}
+def summary(
+    ours: list[float], theirs: list[float | None], names: tuple[str, str] = ("ours", "peer")
+) -> dict[str, float]:
+    """The median of each by its name, and of what ours are to theirs, turn by turn, as the ratio."""
+    row = {names[0]: statistics.median(ours)}
     if None not in theirs:
-        row["peer"] = statistics.median(theirs)
+        row[names[1]] = statistics.median(theirs)
         row["ratio"] = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     return row
 

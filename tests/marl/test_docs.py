@@ -84,13 +84,14 @@ def test_metrics(tmp_path):
 
 def test_somebody_elses_worlds(tmp_path):
     """The module's environment of the page, then the reader's own file."""
-    recipe = next(block for block in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL) if "mpe2" in block)
-    (tmp_path / "theirs.toml").write_text(recipe)
-    train(load_recipe("theirs.toml", MarlRecipe, TINY), tmp_path / "theirs")
+    tiny = [override for override in TINY if not override.startswith("world.options")]
+    theirs, mine = (block for block in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL) if ":" in block)
+    (tmp_path / "theirs.toml").write_text(theirs)
+    train(load_recipe("theirs.toml", MarlRecipe, tiny), tmp_path / "theirs")
     assert load_team("theirs").world.spec.num_agents == 2
     (tmp_path / "mine.py").write_text(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0])
-    (tmp_path / "mine.toml").write_text('[world]\nname = "mine.py:make"\n')
-    train(load_recipe("mine.toml", MarlRecipe, TINY), tmp_path / "own")
+    (tmp_path / "mine.toml").write_text(mine)
+    train(load_recipe("mine.toml", MarlRecipe, tiny), tmp_path / "own")
     assert load_team("own").world.spec.agents == ("left", "right")
 
 

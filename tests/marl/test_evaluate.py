@@ -201,8 +201,8 @@ def test_episodes_are_cut():
     ("world", "settings", "message"),
     [
         (Drift(1), dict(episodes=0), "at least 1 episode, got 0"),
-        (Drift(1, max_steps=None), {}, "has no max_steps, and max_steps is None"),
-        (Drift(1, max_steps=None), dict(max_steps=0), "has no max_steps, and max_steps is 0"),
+        (Drift(1, max_steps=None), {}, "an episode must end.*no limit of steps: set world.options.max_steps"),
+        (Drift(1), dict(max_steps=0), "max_steps must be at least 1, got 0"),
     ],
 )
 def test_evaluations_that_cannot_be(world, settings, message):

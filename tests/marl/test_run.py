@@ -1,6 +1,7 @@
 """A team's run from recipe to checkpoint, in this process: what it leaves, how it is stopped, what it refuses."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from fulmen.config import UserError, load_recipe
-from fulmen.marl import MarlRecipe, PettingZooEnvironment, Team, load_team, train
-from fulmen.marl.run import FIXED_KEYS, FIXED_SECTIONS
+from fulmen.marl import MarlRecipe, PettingZooEnvironment, Team, build, load_team, train
+from fulmen.marl.run import FIXED_KEYS, FIXED_SECTIONS, TRIAL_STEPS
 from fulmen.run import MetricsLog, RunDirectory, SnapshotStore, read_metrics
 
 RECIPE = """
@@ -223,6 +224,13 @@ def test_metrics_are_on_the_disk_before_the_snapshot_that_keeps_them(small, fold
     assert done == ["flush", "save"] * 3 + ["flush"]
 
 
+def test_a_signal_in_the_last_step_stops_nothing(small, folder, at_frame):
+    at_frame(60, kill(signal.SIGTERM))
+    result = train(small(), folder / "run")
+    assert result.checkpoint.exists()
+    assert result.stopped_by is None
+
+
 def test_resume_begins_goes_further_and_exports_again(small, folder):
     assert train(small(), folder / "run", resume=True).frames == 60
     shutil.rmtree(folder / "run" / "checkpoint")
@@ -348,6 +356,8 @@ def test_without_snapshots(small, folder):
     result = train(small("run.snapshot_every=0"), folder / "run")
     assert not (folder / "run" / "snapshots").exists()
     assert load_team(folder / "run").frames == result.frames == 60
+    train(small(), folder / "saved")
+    assert str(without_rates(folder / "run")) == str(without_rates(folder / "saved"))
 
 
 PETTINGZOO = """
@@ -372,3 +382,98 @@ def test_somebody_elses_environment(small, folder, pictures):
     for name, message in (("mine.py:other", "has no function other"), ("mine.py:nothing", "no function nothing")):
         with pytest.raises(UserError, match=message):
             train(small(f"world.name={name}"), folder / "other")
+
+
+# Two agents are carried along a line by chance: from the seed, or without one.
+WALK = """
+import numpy as np
+from gymnasium.spaces import Box
+from pettingzoo import ParallelEnv
+
+CLOSED = []
+NOISE = np.random.default_rng(0)
+
+class Walk(ParallelEnv):
+    metadata = {"name": "walk"}
+    possible_agents = ["a", "b"]
+
+    def __init__(self, repeatable, length):
+        self.repeatable, self.length = repeatable, length
+
+    def observation_space(self, agent):
+        return Box(-100, 100, (1,), np.float32)
+
+    def action_space(self, agent):
+        return Box(-1, 1, (1,), np.float32)
+
+    def reset(self, seed=None, options=None):
+        self.agents, self.place, self.steps = list(self.possible_agents), 0.0, 0
+        self.random = np.random.default_rng(seed) if self.repeatable else NOISE
+        return self.see()
+
+    def step(self, actions):
+        self.place, self.steps = self.place + self.random.uniform(), self.steps + 1
+        over = dict.fromkeys(self.agents, self.steps == self.length)
+        seen, infos = self.see()
+        self.agents = [] if self.steps == self.length else self.agents
+        return seen, dict.fromkeys(over, self.place), dict.fromkeys(over, False), over, infos
+
+    def see(self):
+        place = np.array([self.place], np.float32)
+        return dict.fromkeys(self.agents, place), {agent: {} for agent in self.agents}
+
+    def close(self):
+        CLOSED.append(self)
+        raise OSError("gone already")
+
+def make(repeatable=True, length=5):
+    return Walk(repeatable, length)
+"""
+
+
+@pytest.fixture
+def walk(small, folder):
+    """walk("{max_steps = 4}", ...) gives a recipe of a world of the user's own."""
+    (folder / "walk.py").write_text(WALK)
+    return lambda options, *overrides: small("world.name=walk.py:make", f"world.options={options}", *overrides)
+
+
+def closed():
+    """How many environments of the user's file are closed."""
+    return len(sys.modules["walk.py"].CLOSED)
+
+
+def test_an_episode_that_need_not_end_is_found_before_the_run_begins(walk, folder):
+    with pytest.raises(UserError, match=r"an episode must end.*set world\.options\.max_steps"):
+        train(walk("{}"), folder / "run")
+    assert not (folder / "run").exists()
+    assert train(walk("{max_steps = 4}"), folder / "run").checkpoint
+
+
+@pytest.mark.parametrize("length", [TRIAL_STEPS, 5])
+def test_a_world_that_cannot_be_saved_is_found_before_the_run_begins(walk, folder, length):
+    options = f"{{repeatable = false, length = {length}, max_steps = 9}}"
+    with pytest.raises(UserError, match=r"cannot be saved.*set run\.snapshot_every=0"):
+        train(walk(options), folder / "run")
+    assert not (folder / "run").exists()
+    assert train(walk(options, "run.snapshot_every=0"), folder / "run").checkpoint
+
+
+def test_its_environments_are_closed_however_the_run_ends(walk, folder, monkeypatch):
+    """Two to train in, two to evaluate in; one beside each that tries whether they can be saved."""
+    monkeypatch.setattr("fulmen.marl.build._run_file", functools.cache(build._run_file))
+    lines = []
+    train(walk("{max_steps = 4}"), folder / "run", report=lines.append)
+    assert closed() == 6
+    assert lines[-1] == "warning: world 0, step 2: close() raised OSError: gone already"
+    with pytest.raises(UserError):
+        train(walk("{}"), folder / "other")
+    assert closed() == 6 + 4
+
+    def fail(team):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Team, "step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(walk("{max_steps = 4}"), folder / "other")
+    assert closed() == 6 + 4 + 5

@@ -53,8 +53,8 @@ def evaluate(
     """
     if episodes < 1:
         raise UserError(f"an evaluation needs at least 1 episode, got {episodes}")
-    limit = _limit(environment, max_steps)
-    with torch.no_grad(), _own_generator(environment.device):
+    limit = time_limit(environment, max_steps)
+    with torch.no_grad(), own_generator(environment.device):
         own = _play(environment, learner, Transfer(learner), episodes, seed, limit)
         team = own
         # Without a teacher both are the same.
@@ -78,10 +78,10 @@ def rollout(
     """
     if not hasattr(environment, "scene"):
         raise UserError(f"{type(environment).__name__} has no scene(world) that could be drawn")
-    limit = _limit(environment, max_steps)
+    limit = time_limit(environment, max_steps)
     transfer = transfer if learner.num_agents > 1 else Transfer(learner)
     frames: list[Frame] = []
-    with torch.no_grad(), _own_generator(environment.device):
+    with torch.no_grad(), own_generator(environment.device):
         torch.manual_seed(seed)
         actors = _Actors(environment, learner, transfer, seed)
         for _ in range(limit):
@@ -92,6 +92,20 @@ def rollout(
             if actors.step(decision).ended[0]:
                 break
     return frames
+
+
+def time_limit(environment: Environment, max_steps: int | None = None) -> int:
+    """Steps after which an episode is over: the environment's own limit or `max_steps`, whichever is less.
+
+    Raises:
+        UserError: neither is given, or `max_steps` is below 1.
+    """
+    if max_steps is not None and max_steps < 1:
+        raise UserError(f"max_steps must be at least 1, got {max_steps}")
+    limits = [limit for limit in (environment.spec.max_steps, max_steps) if limit is not None]
+    if not limits:
+        raise UserError("an episode must end, and this world has no limit of steps: set world.options.max_steps")
+    return min(limits)
 
 
 class _Actors:
@@ -156,15 +170,8 @@ def _play(
     return tally
 
 
-def _limit(environment: Environment, max_steps: int | None) -> int:
-    limits = [limit for limit in (environment.spec.max_steps, max_steps) if limit is not None]
-    if not limits or min(limits) < 1:
-        raise UserError(f"an episode must end: the environment has no max_steps, and max_steps is {max_steps}")
-    return min(limits)
-
-
 @contextmanager
-def _own_generator(device: torch.device) -> Iterator[None]:
+def own_generator(device: torch.device) -> Iterator[None]:
     """Whatever is drawn inside leaves torch's generators as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

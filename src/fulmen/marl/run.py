@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from fulmen.config import UserError, dump_recipe, load_recipe
-from fulmen.marl.build import build_team, build_world
+from fulmen.marl.build import build_team, build_world, close_world
 from fulmen.marl.checkpoint import begin_from, save_checkpoint
-from fulmen.marl.evaluate import evaluate
+from fulmen.marl.evaluate import evaluate, own_generator, time_limit
 from fulmen.marl.recipe import MarlRecipe
 from fulmen.marl.render import draw_curves, render_episode
 from fulmen.marl.spec import Environment
@@ -44,10 +44,13 @@ EVALUATION_SEED = 1_000_000_000
 MOST_WORLDS = 256
 """Episodes of an evaluation that are played at a time."""
 
+TRIAL_STEPS = 3
+"""Before the run begins, so many steps are taken to see whether a world can be saved."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MarlResult:
-    """How a run ended. `stopped_by` is the signal that asked it to stop early, and there is then no checkpoint."""
+    """How a run ended: with a checkpoint, or early, because of the signal `stopped_by`; the other one is None."""
 
     frames: int
     checkpoint: Path | None
@@ -81,11 +84,14 @@ def train(
         UserError: anything the user can mend: the recipe, the world, a folder in use or already used, a full disk.
     """
     keep_freed_memory()
-    with RunDirectory(path) as directory, only_if_begun(directory), _threads(recipe.run.threads):
+    with RunDirectory(path) as directory, only_if_begun(directory), _threads(recipe.run.threads), ExitStack() as worlds:
         store = SnapshotStore(directory.snapshots, keep=recipe.run.keep_snapshots)
         snapshot = _choose_snapshot(directory, store, recipe, resume)
         team = build_team(recipe, report)
+        worlds.callback(close_world, team.environment, report)
         stage = build_world(recipe, num_worlds=min(recipe.run.episodes, MOST_WORLDS))
+        worlds.callback(close_world, stage, report)
+        _try_world(stage, team, saving=recipe.run.snapshot_every > 0)
         report(f"team: {team.describe()}")
         if snapshot is None:
             begin_from(team, recipe, report)
@@ -112,7 +118,8 @@ def train(
             checkpoint=checkpoint,
             pictures=pictures,
             evaluations=[line for line in read_metrics(directory.metrics) if "own_return" in line],
-            stopped_by=stop.requested,
+            # A signal in the last step stops nothing.
+            stopped_by=stop.requested if checkpoint is None else None,
         )
 
 
@@ -124,6 +131,19 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(former)
+
+
+def _try_world(stage: Environment, team: Team, *, saving: bool) -> None:
+    """Raise UserError for what would end the run later: episodes without an end, or worlds that cannot be saved."""
+    time_limit(stage)
+    if not saving:
+        return
+    with own_generator(stage.device):
+        stage.reset(EVALUATION_SEED)
+        for _ in range(TRIAL_STEPS):
+            stage.step(team.learner.random_actions(stage.num_worlds))
+            # After every step, since an episode may last no longer than one.
+            stage.state_dict()
 
 
 def _choose_snapshot(

@@ -39,8 +39,8 @@ class TeamSpec:
             for agent, size in zip(self.agents, sizes, strict=True):
                 if size < 1:
                     raise UserError(f"agent {agent}: its {name} size must be at least 1, got {size}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UserError(f"max_steps must be at least 1, got {self.max_steps}")
+        if self.max_steps is not None and (type(self.max_steps) is not int or self.max_steps < 1):
+            raise UserError(f"max_steps must be an integer of at least 1, got {self.max_steps!r}")
         if not self.discrete:
             self._check_bounds()
 

@@ -254,7 +254,7 @@ def test_an_environment_with_randomness_of_its_own_cannot_be_saved():
 
     environment = PettingZooEnvironment(Unseeded)
     environment.reset(seed=0)
-    with pytest.raises(UserError, match=r"world 0 cannot be saved.*another observation.*reset\(seed\)"):
+    with pytest.raises(UserError, match=r"world 0 cannot be saved.*another observation.*set run\.snapshot_every=0"):
         environment.state_dict()
 
 
@@ -426,6 +426,12 @@ class Empty(Walk):
     possible_agents = ()
 
 
+class Spaceless(Walk):
+    def __init__(self):
+        super().__init__()
+        del self.action_spaces["b"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -438,6 +444,7 @@ class Empty(Walk):
         (with_spaces(seen=spaces.Box(0, 1, (0,))), "agent b: observations must be a Box"),
         (Turns, "moves one agent at a time"),
         (Empty, "has no possible_agents"),
+        (Spaceless, "does not tell its agents and spaces: KeyError: 'b'"),
         (dict, "make gave {}, which is no PettingZoo parallel environment: it has no possible_agents"),
         (lambda: 1 / 0, "making the environment of world 0 raised ZeroDivisionError: division by zero"),
     ],
@@ -480,6 +487,22 @@ def test_close_closes_every_environment():
     environment.state_dict()
     environment.close()
     assert [world.env.agents for world in [*environment._worlds, environment._spare]] == [None] * 3
+
+
+def test_one_that_cannot_be_closed_keeps_no_other_from_it():
+    class Stuck(Walk):
+        def close(self):
+            super().close()
+            raise OSError("window is gone")
+
+    class Open(Walk):
+        close = property()
+
+    kinds = iter([Walk, Open, Stuck, Walk])
+    environment = PettingZooEnvironment(lambda: next(kinds)(), 4)
+    with pytest.raises(UserError, match=r"world 2, step 0: close\(\) raised OSError: window is gone"):
+        environment.close()
+    assert [world.env.agents for world in environment._worlds] == [None, [], None, None]
 
 
 @pytest.mark.parametrize("continuous", [True, False])

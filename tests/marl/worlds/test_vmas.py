@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from fulmen.config import UserError
+from fulmen.marl import MarlRecipe, train
+from fulmen.marl.learner import LearnerSettings
+from fulmen.marl.recipe import RunSection, TransferSection, WorldSection
 from fulmen.marl.worlds.vmas import VmasEnvironment
 
 
@@ -182,14 +185,40 @@ def test_what_cannot_be_made_is_refused():
         VmasEnvironment("walk", 0)
     with pytest.raises(UserError, match="agent a: observations must be vectors"):
         VmasEnvironment("walk", seen=(2, 2))
+    with pytest.raises(UserError, match="discrete must be true or false, got 'yes'"):
+        VmasEnvironment("walk", discrete="yes")
+    with pytest.raises(UserError, match=r"max_steps must be an integer of at least 1, got 2\.5"):
+        VmasEnvironment("walk", max_steps=2.5)
+    with pytest.raises(UserError, match=r"VMAS cannot make walk: TypeError.*num_envs"):
+        VmasEnvironment("walk", num_envs=3)
+    with pytest.raises(UserError, match="VMAS cannot make walk: TypeError: object of type 'int' has no len"):
+        VmasEnvironment("walk", seen=3)
 
 
 def test_it_cannot_be_saved_and_says_so():
     environment = VmasEnvironment("walk", 1)
-    with pytest.raises(UserError, match=r"VMAS worlds \(walk\) cannot be saved: run without snapshots"):
+    with pytest.raises(UserError, match=r"VMAS worlds \(walk\) cannot be saved: set run\.snapshot_every=0"):
         environment.state_dict()
     with pytest.raises(UserError, match="cannot be saved"):
         environment.load_state_dict({})
+
+
+def test_a_run_says_so_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr("fulmen.marl.run.draw_curves", lambda *rest: ())
+
+    def run(**settings):
+        recipe = MarlRecipe(
+            world=WorldSection(name="vmas:walk", num_worlds=2),
+            learner=LearnerSettings(hidden=(8,), batch=4),
+            transfer=TransferSection(name="none"),
+            run=RunSection(frames=8, episodes=2, **settings),
+        )
+        return train(recipe, tmp_path / "run")
+
+    with pytest.raises(UserError, match=r"VMAS worlds \(walk\) cannot be saved: set run\.snapshot_every=0"):
+        run()
+    assert not (tmp_path / "run").exists()
+    assert run(snapshot_every=0).checkpoint
 
 
 def test_without_vmas_it_says_what_to_install_and_under_which_licence(monkeypatch):

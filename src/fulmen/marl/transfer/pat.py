@@ -90,6 +90,7 @@ class PATSettings:
     selector_size: int = 32  # size of the attention's queries and keys
     heads: int = 1  # of the attention; more for contexts that matter in several ways
     selector_lr: float = 3e-3
+    selector_entropy: float = 0.0  # weight of the attention's entropy, in units of return
     gate_hidden: int = 64
     gate_lr: float = 1e-3
     gate_entropy: float = 0.01  # weight of the gate's entropy
@@ -102,7 +103,14 @@ class PATSettings:
         check_numbers(self, "a share from 0 to 1", lambda x: 0 <= x <= 1, "epsilon_self")
         whole = ("mode_steps", "novelty_frames", "return_window", "selector_size", "heads", "gate_hidden")
         check_numbers(self, "at least 1", lambda x: x >= 1, *whole)
-        weights = ("internalise_weight", "gate_return_bias", "selector_lr", "gate_lr", "gate_entropy")
+        weights = (
+            "internalise_weight",
+            "gate_return_bias",
+            "selector_lr",
+            "selector_entropy",
+            "gate_lr",
+            "gate_entropy",
+        )
         check_numbers(self, "at least 0", lambda x: x >= 0, *weights)
         check_numbers(self, "a number", lambda x: True, "novelty", "bias_scale")
         if self.gate == "bandit" and (self.mode_steps != 1 or self.follow != "mixture"):
@@ -284,27 +292,28 @@ class PAT(Transfer):
             return {}
         look = self._look(batch)
         self._looked = None
-        metrics = self._update_selector(batch, look.taught)
+        metrics = self._update_selector(batch, look)
         if self.settings.gate == "actor_critic":
             metrics |= self._update_gate(batch, look)
         attention = look.attention.detach()
-        spread = -(attention * attention.clamp(min=1e-9).log()).sum(-1)
-        metrics["attention_entropy"] = agent_means(spread, batch.valid).mean()
         metrics["gap"] = agent_means(self._gap(attention).expand_as(batch.reward), batch.valid).mean()
         # One transfer from the device for all.
         return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
-    def _update_selector(self, batch: Batch, taught: Tensor) -> dict[str, Tensor]:
-        """Ascend Q_i(h_i, a^S): the gradient reaches the selector alone."""
-        value = agent_means(self.learner.value(batch, taught), batch.valid)
+    def _update_selector(self, batch: Batch, look: "_Look") -> dict[str, Tensor]:
+        """Ascend Q_i(h_i, a^S) and the attention's entropy: the gradient reaches the selector alone."""
         students = self.teachers.any(-1)
-        loss = -(value * students).sum() / students.sum()
+        value = agent_means(self.learner.value(batch, look.taught), batch.valid)
+        entropy = agent_means(attention_entropy(look.attention), batch.valid)
+        gain = value + self.settings.selector_entropy * entropy
+        loss = -(gain * students).sum() / students.sum()
         parameters = [p for p in self.selector.parameters() if p.requires_grad]
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             # A product's gradient may lie transposed: fused Adam refuses it on a GPU and reads it wrongly on a CPU.
             parameter.grad = grad.contiguous()
         self.selector_optimizer.step()
-        return {"taught_value": -loss.detach()}
+        taught_value = (value.detach() * students).sum() / students.sum()
+        return {"taught_value": taught_value, "attention_entropy": entropy.detach().mean()}
 
     def _update_gate(self, batch: Batch, look: "_Look") -> dict[str, Tensor]:
         with torch.no_grad():
@@ -394,6 +403,11 @@ class _Look(NamedTuple):
     following: Tensor  # [B, T, N, C] the contexts after the steps
     attention: Tensor  # [B, T, N, N]
     taught: Tensor  # [B, T, N, A]
+
+
+def attention_entropy(attention: Tensor) -> Tensor:
+    """[..., N] nats, of attention [..., N, N]; 0 for a row of zeros."""
+    return -(attention * attention.clamp(min=1e-9).log()).sum(-1)
 
 
 def distance_weights(spec: TeamSpec) -> Tensor:

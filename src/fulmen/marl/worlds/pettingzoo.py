@@ -5,7 +5,7 @@ which it ended has its true last observation in `final_observation`. An episode 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fulmen.config import UserError
 from fulmen.marl.spec import TeamSpec, Transition, check_actions
+from fulmen.marl.worlds.errors import describe_error, shorten
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
@@ -125,9 +126,10 @@ class PettingZooEnvironment:
                 )
 
     def close(self) -> None:
-        """Let every environment free what it holds."""
-        for world in [*self._worlds, *([self._spare] if self._spare else [])]:
-            world.env.close()
+        """Let every environment free what it holds. Raises UserError if one cannot, after the others have."""
+        with ExitStack() as worlds:
+            for world in [*self._worlds, *([self._spare] if self._spare else [])]:
+                worlds.callback(world.close)
 
     def _check_begun(self) -> None:
         if self._seed is None:
@@ -140,8 +142,8 @@ class PettingZooEnvironment:
         if not np.array_equal(self._spare.observation, world.observation):
             raise UserError(
                 f"world {world.index} cannot be saved: its seed and {len(world.history)} actions led to another "
-                "observation when played again; let reset(seed) make the generator of all its randomness, or run "
-                "without snapshots"
+                "observation when played again; let reset(seed) make the generator of all its randomness, or set "
+                "run.snapshot_every=0"
             )
 
     def _episode_seed(self, index: int) -> int:
@@ -239,6 +241,11 @@ class _World:
         for action in actions:
             self.step(action)
 
+    def close(self) -> None:
+        if hasattr(self.env, "close"):
+            with self._calling("close"):
+                self.env.close()
+
     def _read_step(self, given: Any) -> _Step:
         self._check_given("step", given, _GIVEN)
         observations, rewards, terminations, truncations = given[:4]
@@ -325,11 +332,12 @@ class _World:
                     self._fail(f"agent {agent}: its {name} space was {was} and is {now} now; it must stay the same")
 
     @contextmanager
-    def _calling(self, what: str, argument: Any) -> Iterator[None]:
+    def _calling(self, what: str, *arguments: Any) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            raise UserError(f"{self._place()}: {what}({_brief(argument)}) raised {_name(error)}") from error
+            call = f"{what}({', '.join(map(_brief, arguments))})"
+            raise UserError(f"{self._place()}: {call} raised {describe_error(error)}") from error
 
     def _fail(self, what: str) -> None:
         raise UserError(f"{self._place()}: {what}")
@@ -342,7 +350,7 @@ def _call_make(make: "Callable[[], ParallelEnv]", index: int) -> "ParallelEnv":
     try:
         env = make()
     except Exception as error:
-        raise UserError(f"making the environment of world {index} raised {_name(error)}") from error
+        raise UserError(f"making the environment of world {index} raised {describe_error(error)}") from error
     if hasattr(env, "agent_iter"):
         raise UserError(f"{env} moves one agent at a time: make its parallel form (parallel_env, or aec_to_parallel)")
     for name in ("possible_agents", "observation_space", "action_space", "reset", "step"):
@@ -357,11 +365,14 @@ def _read_layout(env: "ParallelEnv") -> _Layout:
         from gymnasium.spaces import Box, Discrete
     except ImportError as error:
         raise UserError('PettingZoo environments need gymnasium: pip install "fulmen[marl]"') from error
-    agents = tuple(env.possible_agents)
+    try:
+        agents = tuple(env.possible_agents)
+        observation_spaces = tuple(env.observation_space(agent) for agent in agents)
+        action_spaces = tuple(env.action_space(agent) for agent in agents)
+    except Exception as error:
+        raise UserError(f"{_brief(env)} does not tell its agents and spaces: {describe_error(error)}") from error
     if not agents:
         raise UserError(f"{env} has no possible_agents: a team needs at least one")
-    observation_spaces = tuple(env.observation_space(agent) for agent in agents)
-    action_spaces = tuple(env.action_space(agent) for agent in agents)
     for agent, space in zip(agents, observation_spaces, strict=True):
         if not isinstance(space, Box) or not _size(space):
             raise UserError(f"agent {agent}: observations must be a Box, got {space}; flatten them with a wrapper")
@@ -381,14 +392,4 @@ def _size(space: "Space") -> int:
 
 
 def _brief(value: Any) -> str:
-    return _shorten(repr(value), 120)
-
-
-def _name(error: Exception) -> str:
-    return _shorten(f"{type(error).__name__}: {error}", 240)
-
-
-def _shorten(text: str, width: int) -> str:
-    """One line."""
-    text = " ".join(text.split())
-    return text if len(text) <= width else f"{text[: width - 4]} ..."
+    return shorten(repr(value), 120)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fulmen.config import UserError
 from fulmen.marl.spec import TeamSpec, Transition, check_actions, check_rewards
+from fulmen.marl.worlds.errors import describe_error
 
 if TYPE_CHECKING:
     from vmas.simulator.scenario import BaseScenario
@@ -41,6 +42,8 @@ class VmasEnvironment:
     ) -> None:
         if num_worlds < 1:
             raise UserError(f"num_worlds must be at least 1, got {num_worlds}")
+        if type(discrete) is not bool:
+            raise UserError(f"discrete must be true or false, got {discrete!r}")
         self._name = scenario if isinstance(scenario, str) else type(scenario).__name__
         self.num_worlds = num_worlds
         self.device = torch.device(device)
@@ -55,10 +58,12 @@ class VmasEnvironment:
                 terminated_truncated=True,
                 **options,
             )
+            self.spec = self._read_spec(discrete, max_steps)
+            self._random = list(self._env.vmas_random_state)
+        except UserError:
+            raise
         except Exception as error:
-            raise UserError(f"VMAS cannot make {self._name}: {_describe(error)}") from error
-        self.spec = self._read_spec(discrete, max_steps)
-        self._random = list(self._env.vmas_random_state)
+            raise UserError(f"VMAS cannot make {self._name}: {describe_error(error)}") from error
 
     def reset(self, seed: int | None = None) -> Tensor:
         """Begin new episodes everywhere; without a seed, one is drawn from torch's global generator."""
@@ -83,7 +88,7 @@ class VmasEnvironment:
 
     def state_dict(self) -> NoReturn:
         """Always raises UserError: VMAS has no way to save its worlds, and they hold functions that none can save."""
-        raise UserError(f"VMAS worlds ({self._name}) cannot be saved: run without snapshots, or use a world of fulmen")
+        raise UserError(f"VMAS worlds ({self._name}) cannot be saved: set run.snapshot_every=0")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> NoReturn:
         """Always raises UserError, as there is nothing to load."""
@@ -156,7 +161,7 @@ class VmasEnvironment:
         try:
             return getattr(self._env, name)(*arguments, **settings)
         except Exception as error:
-            raise UserError(f"VMAS {self._name}: {name} raised {_describe(error)}") from error
+            raise UserError(f"VMAS {self._name}: {name} raised {describe_error(error)}") from error
         finally:
             self._random, shared[:] = list(shared), before
 
@@ -169,7 +174,3 @@ def _import_vmas() -> ModuleType:
             "VMAS worlds need VMAS, which is under the GPL-3.0 and not a part of fulmen: pip install vmas"
         ) from error
     return vmas
-
-
-def _describe(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

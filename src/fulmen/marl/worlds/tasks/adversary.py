@@ -27,9 +27,6 @@ class Adversary(Task):
         )
         return agents, numbered("landmark", self.good, radius=0.08, colour=DARK)
 
-    def groups(self) -> tuple[int, ...]:
-        return (0,) + (1,) * self.good
-
     def facts(self) -> dict[str, int]:
         return {"goal": 1, "place": 2}
 

@@ -154,10 +154,6 @@ class Task:
         """Names and sizes of what is drawn for an episode; `goal` is an index among the landmarks."""
         return {}
 
-    def groups(self) -> tuple[int, ...]:
-        """The group of each agent; agents of one group have the same task."""
-        return (0,) * len(self.bodies()[0])
-
     def begin(self, state: State, generator: torch.Generator) -> None:
         """Draw new episodes."""
         state.positions.uniform_(-1, 1, generator=generator)

@@ -14,8 +14,9 @@ REWARDS = ("dense", "sparse")
 class Navigation(Task):
     """agents: team size. reward: "dense" pays minus the distance to the goal, "sparse" 1 a step within `radius` of it.
 
-    inverted: one flag an agent, empty for nobody: its actuators push the other way, so its task is another one (group
-    1). observe_others: agents also see where the others are. collide: agents push each other away.
+    inverted: one flag an agent, empty for nobody: its actuators push the other way, so its task is another one.
+
+    observe_others: agents also see where the others are. collide: agents push each other away.
     """
 
     actions: str = "force"
@@ -41,12 +42,10 @@ class Navigation(Task):
         self.require_flag("observe_others")
         self.require_flag("collide")
 
-    def groups(self) -> tuple[int, ...]:
-        return tuple(map(int, self.inverted)) or (0,) * self.agents
-
     def bodies(self) -> tuple[list[Body], list[Body]]:
-        kinds = [dict(colour=BLUE), dict(colour=RED, gain=-GAIN)]
-        agents = [Body(name=f"agent_{i}", **kinds[group]) for i, group in enumerate(self.groups())]
+        kinds = {False: dict(colour=BLUE), True: dict(colour=RED, gain=-GAIN)}
+        flags = self.inverted or (False,) * self.agents
+        agents = [Body(name=f"agent_{i}", **kinds[inverted]) for i, inverted in enumerate(flags)]
         goals = [Body(name=f"goal_{i}", radius=self.radius) for i in range(self.agents)]
         return agents, goals
 

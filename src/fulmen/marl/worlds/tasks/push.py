@@ -23,9 +23,6 @@ class Push(Task):
         agents = [Body(name="adversary_0", colour=RED), Body(name="agent_0", colour=BLUE)]
         return agents, [Body(name=f"landmark_{i}", colour=colour) for i, colour in enumerate(_LANDMARKS)]
 
-    def groups(self) -> tuple[int, ...]:
-        return (0, 1)
-
     def colliders(self) -> int:
         return 2
 

@@ -24,9 +24,6 @@ class SpeakerListener(Task):
         landmarks = [Body(name=f"landmark_{i}", radius=0.04, colour=colour) for i, colour in enumerate(_COLOURS)]
         return agents, landmarks
 
-    def groups(self) -> tuple[int, ...]:
-        return (0, 1)
-
     def facts(self) -> dict[str, int]:
         return {"goal": 1, "place": 2, "colour": 3}
 

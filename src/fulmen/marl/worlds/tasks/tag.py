@@ -30,9 +30,6 @@ class Tag(Task):
         hunted = numbered("agent", self.good, radius=0.05, colour=GREEN, gain=4.0, max_speed=1.3)
         return hunters + hunted, numbered("landmark", self.obstacles, radius=0.2, colour=DARK)
 
-    def groups(self) -> tuple[int, ...]:
-        return (0,) * self.adversaries + (1,) * self.good
-
     def colliders(self) -> int:
         return self.adversaries + self.good + self.obstacles
 

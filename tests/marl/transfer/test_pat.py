@@ -263,8 +263,11 @@ def test_the_selectors_gradient_reaches_the_selector_alone():
     gate = {name: tensor.clone() for name, tensor in pat.gate.state_dict().items()}
     batch = make_batch()
     advice, _ = pat.teaching.on_batch(batch)
-    value = pat.learner.value(batch, pat.taught(advice, pat.attend(advice)))
-    expected = torch.autograd.grad(-value.mean(), list(pat.selector.parameters()))
+    attention = pat.attend(advice)
+    value = pat.learner.value(batch, pat.taught(advice, attention))
+    others = ~torch.eye(AGENTS, dtype=torch.bool)
+    entropy = -(attention[..., others] * attention[..., others].log()).sum(-1) / AGENTS
+    expected = torch.autograd.grad(-(value.mean() + 0.1 * entropy.mean()), list(pat.selector.parameters()))
     before = [parameter.detach().clone() for parameter in pat.selector.parameters()]
     pat.update(batch)
     for parameter, gradient, old in zip(pat.selector.parameters(), expected, before, strict=True):
@@ -275,6 +278,18 @@ def test_the_selectors_gradient_reaches_the_selector_alone():
     assert all(parameter.grad is None for parameter in (*pat.learner.parameters(), *pat.gate.parameters()))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in pat.learner.state_dict().items())
     assert all(torch.equal(tensor, gate[name]) for name, tensor in pat.gate.state_dict().items())
+
+
+def test_attention_stays_even_until_the_critics_tell_teachers_apart():
+    torch.manual_seed(0)
+    batch, told = make_batch(size=64), {}
+    for weight in (0.0, 1.0):
+        torch.manual_seed(1)
+        pat = make_pat(selector_entropy=weight, selector_lr=1e-2)
+        for _ in range(100):
+            told[weight] = pat.update(batch)["attention_entropy"]
+    assert told[1.0] > 0.99 * torch.tensor(AGENTS - 1.0).log()
+    assert told[0.0] < told[1.0] - 0.02
 
 
 @pytest.mark.parametrize("kind", ["return", "critic_gain", "value_gain"])

@@ -90,7 +90,7 @@ class PATSettings:
     selector_size: int = 32  # size of the attention's queries and keys
     heads: int = 1  # of the attention; more for contexts that matter in several ways
     selector_lr: float = 3e-3
-    selector_entropy: float = 0.0  # weight of the attention's entropy, in units of return
+    selector_entropy: float = 0.1  # weight of the attention's entropy, in units of return: even until critics are sure
     gate_hidden: int = 64
     gate_lr: float = 1e-3
     gate_entropy: float = 0.01  # weight of the gate's entropy

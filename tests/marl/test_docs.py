@@ -1,6 +1,7 @@
 """docs/marl.md says what the code does: every key with its default, every metric, the examples."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -100,3 +101,11 @@ def test_example(capsys):
     exec(example.replace('"run.frames=9600"', ", ".join(map(repr, TINY))), {})
     assert "runs/short/checkpoint" in capsys.readouterr().out
     assert Path("episode.gif").exists()
+
+
+def test_the_page_of_results_is_what_the_results_say():
+    spec = importlib.util.spec_from_file_location("teams", ROOT / "bench" / "teams.py")
+    teams = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(teams)
+    assert teams.PAGE.read_text(encoding="utf-8") == teams.page()
+    assert {path.stem for path in teams.RESULTS.glob("*.json")} <= set(teams.COMPARISONS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fulmen.ops.cpu.library import load, new_empty
+from fulmen.ops.cpu.compiled import load, new_empty
 
 __all__ = ["FEW", "KINDS", "experts_mlp", "lightning_step", "linear", "rms_norm", "route", "serves"]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fulmen.ops.cpu.library import load, new_empty
+from fulmen.ops.cpu.compiled import load, new_empty
 
 KERNELS = {torch.float32: "step_fp32", torch.bfloat16: "step_bf16"}
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fulmen.ops.cpu.library import load, new_empty
+from fulmen.ops.cpu.compiled import load, new_empty
 
 SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fulmen.ops import cpu
-from fulmen.ops.cpu import library
+from fulmen.ops.cpu import compiled
 from fulmen.ops.linear import linear
 
-CAN_BUILD = any(map(shutil.which, library.COMPILERS))
+CAN_BUILD = any(map(shutil.which, compiled.COMPILERS))
 needs_compiler = pytest.mark.skipif(not CAN_BUILD, reason="there is no C compiler here")
 
 
@@ -23,9 +23,9 @@ needs_compiler = pytest.mark.skipif(not CAN_BUILD, reason="there is no C compile
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, and a process that has loaded nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.load.cache_clear()
+    compiled.load.cache_clear()
     yield tmp_path / "fulmen"
-    library.load.cache_clear()
+    compiled.load.cache_clear()
 
 
 def works() -> bool:
@@ -39,7 +39,7 @@ def test_built_once_and_kept(cache):
     assert works()
     (built,) = cache.iterdir()
     before = built.stat().st_mtime_ns
-    library.load.cache_clear()
+    compiled.load.cache_clear()
     assert works()
     assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [before]
 
@@ -49,16 +49,16 @@ def test_built_once_and_kept(cache):
 def test_a_damaged_library_is_built_anew(content, cache, monkeypatch):
     # Built and not opened: what a process has opened cannot be damaged safely.
     with monkeypatch.context() as patch:
-        patch.setattr(library, "_open", lambda path: None)
-        library.load()
-    library.load.cache_clear()
+        patch.setattr(compiled, "_open", lambda path: None)
+        compiled.load()
+    compiled.load.cache_clear()
     (built,) = cache.iterdir()
     good = built.read_bytes()
     flipped = good[:5000] + bytes([good[5000] ^ 1]) + good[5001:]
     built.write_bytes({"half": good[: len(good) // 2], "one bit": flipped}.get(content, content))
     assert works()
     content = built.read_bytes()
-    assert hashlib.sha256(content[: -library.DIGEST]).digest() == content[-library.DIGEST :]
+    assert hashlib.sha256(content[: -compiled.DIGEST]).digest() == content[-compiled.DIGEST :]
 
 
 @needs_compiler

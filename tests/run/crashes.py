@@ -58,16 +58,16 @@ def kill_at_random_moments(folder):
             step += 1
             save(store, step)
 
-    latest, generator = 0, random.Random(0)
-    for _ in range(40):
+    latest, kills, generator = 0, 0, random.Random(0)
+    # On a busy machine a process dies before its first snapshot more often than not.
+    while latest <= 40 or kills < 40:
         pid = fork(save_forever)
         time.sleep(generator.uniform(0.0, 0.05))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         reached = check(folder)
         assert reached >= latest, "a saved snapshot was lost"
-        latest = reached
-    assert latest > 40
+        latest, kills = reached, kills + 1
 
 
 def kill_at_every_call(folder):

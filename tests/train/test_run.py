@@ -126,6 +126,13 @@ def test_signal_ends_the_run_after_the_step_and_resume_goes_on(short, folder, at
     assert one.state == other.state
 
 
+def test_a_signal_in_the_last_step_stops_nothing(short, folder, at_step):
+    at_step(6, kill(signal.SIGTERM))
+    result = train(short(), folder / "run")
+    assert result.checkpoint.exists()
+    assert result.stopped_by is None
+
+
 def test_signal_after_the_snapshot_of_a_step_is_kept_for_the_next(short, folder, monkeypatch):
     """Between the snapshot of step 2 and the end of the loop's turn; it must not end the run without a snapshot."""
     real = SnapshotStore.save

@@ -26,6 +26,7 @@ from fulmen.run import (
     Snapshot,
     SnapshotStore,
     StopRequest,
+    choose_snapshot,
     keep_freed_memory,
     only_if_begun,
     read_metrics,
@@ -150,14 +151,11 @@ def _choose_snapshot(
     directory: RunDirectory, store: SnapshotStore, recipe: MarlRecipe, resume: bool
 ) -> Snapshot | None:
     """The snapshot to go on from, or None to begin."""
-    if not directory.recipe.exists():
-        if store.steps():
-            raise UserError(f"{store.folder} holds snapshots of a run without its recipe: choose another --dir")
-        return None
-    if not resume:
-        raise UserError(f"{directory.path} already holds a run: add --resume to go on, or choose another --dir")
-    _check_same_run(load_recipe(directory.recipe, MarlRecipe), recipe, directory.path)
-    snapshot = store.latest()
+
+    def check_same() -> None:
+        _check_same_run(load_recipe(directory.recipe, MarlRecipe), recipe, directory.path)
+
+    snapshot = choose_snapshot(directory, store, resume=resume, check_same=check_same)
     # The last step of all worlds may lead a little beyond.
     if snapshot is not None and snapshot.step >= recipe.run.frames + recipe.world.num_worlds:
         raise UserError(

@@ -3,7 +3,7 @@
 The room knows nothing of models: a run is steps that go by, tensors by name and a state that JSON holds.
 """
 
-from fulmen.run.directory import RunDirectory, only_if_begun
+from fulmen.run.directory import RunDirectory, choose_snapshot, only_if_begun
 from fulmen.run.files import write_atomic
 from fulmen.run.memory import keep_freed_memory
 from fulmen.run.metrics import MetricsLog, read_metrics
@@ -20,6 +20,7 @@ __all__ = [
     "SnapshotError",
     "SnapshotStore",
     "StopRequest",
+    "choose_snapshot",
     "keep_freed_memory",
     "only_if_begun",
     "plot_curves",

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +10,7 @@ from typing import IO, Self
 
 from fulmen.config import UserError
 from fulmen.run.files import lock_file
+from fulmen.run.snapshot import Snapshot, SnapshotStore
 
 
 class RunDirectory:
@@ -63,3 +64,24 @@ def only_if_begun(directory: RunDirectory) -> Iterator[None]:
                 (directory.path / "lock").unlink()
                 directory.path.rmdir()
         raise
+
+
+def choose_snapshot(
+    directory: RunDirectory, store: SnapshotStore, *, resume: bool, check_same: Callable[[], None]
+) -> Snapshot | None:
+    """The snapshot that a run in this folder goes on from, or None to begin.
+
+    `check_same` refuses to go on where the run's recipe and the new one differ in what decides its numbers.
+
+    Raises:
+        UserError: the folder holds a run and `resume` is false, or snapshots without their recipe; what `check_same`
+            raises.
+    """
+    if not directory.recipe.exists():
+        if store.steps():
+            raise UserError(f"{store.folder} holds snapshots of a run without its recipe: choose another --dir")
+        return None
+    if not resume:
+        raise UserError(f"{directory.path} already holds a run: add --resume to go on, or choose another --dir")
+    check_same()
+    return store.latest()

@@ -21,6 +21,7 @@ from fulmen.run import (
     SnapshotError,
     SnapshotStore,
     StopRequest,
+    choose_snapshot,
     keep_freed_memory,
     only_if_begun,
     plot_curves,
@@ -45,7 +46,7 @@ FIXED = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """How a run ended. `stopped_by` is the signal that asked it to stop early, and `checkpoint` is then None."""
+    """How a run ended: with a checkpoint, or early, because of the signal `stopped_by`; the other one is None."""
 
     step: int
     checkpoint: Path | None
@@ -107,7 +108,8 @@ def train(
             step=trainer.step,
             checkpoint=checkpoint,
             held_out=_held_out_curve(directory),
-            stopped_by=stop.requested,
+            # A signal in the last step stops nothing.
+            stopped_by=stop.requested if checkpoint is None else None,
         )
 
 
@@ -127,14 +129,11 @@ def _choose_snapshot(
     directory: RunDirectory, store: SnapshotStore, recipe: TrainRecipe, resume: bool
 ) -> Snapshot | None:
     """The snapshot to go on from, or None to begin."""
-    if not directory.recipe.exists():
-        if store.steps():
-            raise UserError(f"{store.folder} holds snapshots of a run without its recipe: choose another --dir")
-        return None
-    if not resume:
-        raise UserError(f"{directory.path} already holds a run: add --resume to go on, or choose another --dir")
-    _check_same_run(load_recipe(directory.recipe, TrainRecipe), recipe, directory.path)
-    snapshot = store.latest()
+
+    def check_same() -> None:
+        _check_same_run(load_recipe(directory.recipe, TrainRecipe), recipe, directory.path)
+
+    snapshot = choose_snapshot(directory, store, resume=resume, check_same=check_same)
     if snapshot is not None and snapshot.step > recipe.schedule.steps:
         raise UserError(
             f"{directory.path} is at step {snapshot.step}, beyond schedule.steps = {recipe.schedule.steps}: "

@@ -68,14 +68,6 @@ TINY = [
 VERBS = ("quickstart", "train", "generate", "chat", "info", "convert", "make-tiny")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The working directory, with a small recipe and its text."""

@@ -6,7 +6,6 @@ import shlex
 import signal
 
 import pytest
-import torch
 
 from fulmen.cli import _parser, main
 from fulmen.marl import Team
@@ -28,14 +27,6 @@ frames = 24
 evaluate_every = 8
 episodes = 2
 """
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 @pytest.fixture

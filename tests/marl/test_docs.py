@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from fulmen.config import load_recipe
 from fulmen.marl import MarlRecipe, MemorySettings, load_team, train
@@ -37,10 +36,6 @@ def table(heading):
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 @pytest.mark.parametrize("name", SECTIONS)

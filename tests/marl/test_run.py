@@ -41,14 +41,6 @@ snapshot_every = 20
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
-
-
-@pytest.fixture(autouse=True)
 def _no_pictures(request, monkeypatch):
     """They take ten times as long as the run; tests of them ask for `pictures`."""
     if "pictures" not in request.fixturenames:

@@ -19,15 +19,6 @@ def _compare(actual: dict, expected: dict, tolerance: float) -> None:
     assert all(error <= tolerance for error in errors.values()), errors
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors are tiny here: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def relative_error():
     return _relative_error

@@ -62,14 +62,6 @@ WORDS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
-
-
 @pytest.fixture(scope="session")
 def text():
     generator = random.Random(0)

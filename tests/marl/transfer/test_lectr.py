@@ -370,12 +370,26 @@ def test_a_newcomer_asks_and_advises_from_scratch():
     assert transfer.rollout == []
 
 
+def test_who_is_frozen_keeps_how_it_asks_and_advises():
+    transfer = make(horizon=2)
+    unlike(transfer)
+    transfer.learner.freeze([0])
+    before = {name: getattr(transfer, name).flat.detach().clone() for name in ("student", "teacher", "critic")}
+    for _ in range(2):
+        step(transfer)
+    transfer.update(None)
+    moved = {name: (getattr(transfer, name).flat != flat).any(dim=1).tolist() for name, flat in before.items()}
+    assert moved == {"student": [False, True, True], "teacher": [False, True, True], "critic": [True]}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"reward": "fame"}, "fame"),
         ({"reward": "td_gain", "threshold": 0.5}, "leave it out"),
+        ({"threshold": float("inf")}, "threshold must be a number"),
         ({"cost": -0.5}, "cost must be at least 0"),
+        ({"cost": float("nan")}, "cost must be at least 0"),
         ({"anchors": -1}, "anchors must be at least 0"),
         ({"hidden": 0}, "hidden must be at least 1"),
         ({"horizon": 1}, "horizon must be at least 2"),

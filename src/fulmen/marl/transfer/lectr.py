@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fulmen.config import UserError
+from fulmen.config import UserError, check_numbers
 from fulmen.marl.nets import RowAdam
 from fulmen.marl.transfer.adhoc import (
     check_memoryless,
@@ -66,9 +66,9 @@ class LeCTRSettings:
             raise UserError(f"reward must be one of {', '.join(get_args(Reward))}, got {self.reward!r}")
         if self.threshold is not None and self.reward != "value_estimation_gain":
             raise UserError(f"threshold belongs to the value estimation gain, {self.reward} has none: leave it out")
+        check_numbers(self, "a number", lambda x: True, "threshold")
         for name, least in (("cost", 0), ("anchors", 0), ("hidden", 1), ("horizon", 2), ("entropy", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            check_numbers(self, f"at least {least}", lambda x, least=least: x >= least, name)
 
 
 class Advice(NamedTuple):
@@ -183,8 +183,9 @@ class LeCTR(Transfer):
 
         nets = [getattr(self, name) for name in NETS]
         gradients = torch.autograd.grad(critic_loss + policy_loss, [net.flat for net in nets])
+        # Who is frozen neither learns to ask nor to advise; the critic belongs to all.
         for name, net, gradient in zip(NETS, nets, gradients, strict=True):
-            getattr(self, f"{name}_adam").step(net, gradient, range(len(net.flat)))
+            getattr(self, f"{name}_adam").step(net, gradient, [0] if name == "critic" else self.learner.learning)
         return {
             "advising_reward": float(reward.mean()),
             "advising_critic_loss": float(critic_loss.detach()),

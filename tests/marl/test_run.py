@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import shutil
 import signal
@@ -469,3 +470,21 @@ def test_its_environments_are_closed_however_the_run_ends(walk, folder, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train(walk("{max_steps = 4}"), folder / "other")
     assert closed() == 6 + 4 + 5
+
+
+def test_what_a_team_is_loaded_for_is_closed_after_it(walk, folder, monkeypatch):
+    monkeypatch.setattr("fulmen.marl.build._run_file", functools.cache(build._run_file))
+    train(walk("{max_steps = 4}"), folder / "run")
+    before = closed()
+    with pytest.warns(UserWarning, match="gone already"), load_team(folder / "run"):
+        assert closed() == before
+    assert closed() == before + 1
+    description = folder / "run" / "checkpoint" / "team.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"state": {}}))
+    with pytest.warns(UserWarning, match="gone already"), pytest.raises(UserError, match="cannot read the team"):
+        load_team(folder / "run")
+    description.unlink()
+    with pytest.warns(UserWarning, match="gone already"):
+        train(walk("{max_steps = 4}", "run.from_run=run"), folder / "other")
+    # The snapshot's team, whose weights the new one begins with, and the six of the new run.
+    assert closed() == before + 2 + 6 + 1

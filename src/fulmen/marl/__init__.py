@@ -16,6 +16,7 @@ from fulmen.marl.run import MarlResult, train
 from fulmen.marl.spec import Environment, TeamSpec, Transition
 from fulmen.marl.team import Team, TeamSettings
 from fulmen.marl.transfer import TRANSFERS, Transfer, make_transfer
+from fulmen.marl.transfer.selector import load_selector, save_selector
 from fulmen.marl.worlds import TASKS, make_environment
 from fulmen.marl.worlds.pettingzoo import PettingZooEnvironment
 
@@ -39,9 +40,11 @@ __all__ = [
     "TrainedTeam",
     "Transfer",
     "Transition",
+    "load_selector",
     "load_team",
     "make_environment",
     "make_transfer",
     "render_episode",
+    "save_selector",
     "train",
 ]

@@ -9,10 +9,10 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fulmen.config import UserError, dump_recipe, load_recipe
-from fulmen.marl.build import build_agents, build_world, choose_device
+from fulmen.marl.build import build_agents, build_world, choose_device, close_world
 from fulmen.marl.learner import TeamLearner
 from fulmen.marl.recipe import MarlRecipe
 from fulmen.marl.spec import Environment, TeamSpec
@@ -36,13 +36,23 @@ NETWORKS = ("actor", "critic", "target_actor", "target_critic")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTeam:
-    """A team as its run left it, in one world of its own, ready to act or to go on."""
+    """A team as its run left it, in one world of its own, ready to act or to go on; as a context it closes that."""
 
     recipe: MarlRecipe
     frames: int
     world: Environment
     learner: TeamLearner
     transfer: Transfer
+
+    def close(self) -> None:
+        """Let the world free what it holds; a warning if that fails."""
+        close_world(self.world, warnings.warn)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def save_checkpoint(team: Team, recipe: MarlRecipe, folder: Path) -> Path:
@@ -80,10 +90,13 @@ def load_team(path: str | Path, device: torch.device | str | None = None) -> Tra
     """
     stored = _find_newest(Path(path))
     recipe = load_recipe(stored.recipe, MarlRecipe)
-    world = build_world(_on(recipe, device), num_worlds=1)
-    learner, transfer = build_agents(recipe, world)
-    with _reading(stored.place):
-        _fill(learner, transfer, stored.state)
+    with ExitStack() as unless_read:
+        world = build_world(_on(recipe, device), num_worlds=1)
+        unless_read.callback(close_world, world, warnings.warn)
+        learner, transfer = build_agents(recipe, world)
+        with _reading(stored.place):
+            _fill(learner, transfer, stored.state)
+        unless_read.pop_all()
     return TrainedTeam(recipe=recipe, frames=stored.frames, world=world, learner=learner, transfer=transfer)
 
 
@@ -96,24 +109,32 @@ def begin_from(team: Team, recipe: MarlRecipe, report: Callable[[str], None] = w
     Raises:
         UserError: the run named has no team, or one of other sizes or actions.
     """
-    settings, spec = recipe.run, team.environment.spec
+    settings, device = recipe.run, team.environment.device
     if settings.from_run is not None:
         path = _of_seed(settings.from_run, settings.seed)
-        trained = load_team(path, team.environment.device)
-        _check_alike(spec, trained.world.spec, path)
-        for agent in set(range(spec.num_agents)) - set(settings.newcomers):
-            team.learner.load_agent(agent, trained.learner.agent_state(agent))
-        if isinstance(team.transfer, PAT) and isinstance(trained.transfer, PAT):
-            if differences := _differences(trained.transfer.settings, team.transfer.settings):
-                report(f"what the PAT of {path} has learned stays behind, for its settings differ: {differences}")
-            else:
-                _take_over(team.transfer, trained.transfer, settings.newcomers)
+        with load_team(path, device) as trained:
+            _take_weights(team, trained, settings.newcomers, path, report)
     if settings.selector_from is not None:
         path = _of_seed(settings.selector_from, settings.seed)
-        trained = load_team(path, team.environment.device)
-        if not (isinstance(team.transfer, PAT) and isinstance(trained.transfer, PAT)):
-            raise UserError(f"selector_from moves a selector from PAT to PAT; {path} or this is not PAT")
-        team.transfer.load_selector(trained.transfer.selector_state())
+        with load_team(path, device) as trained:
+            if not (isinstance(team.transfer, PAT) and isinstance(trained.transfer, PAT)):
+                raise UserError(f"selector_from moves a selector from PAT to PAT; {path} or this is not PAT")
+            team.transfer.load_selector(trained.transfer.selector_state())
+
+
+def _take_weights(
+    team: Team, trained: TrainedTeam, newcomers: Iterable[int], path: str, report: Callable[[str], None]
+) -> None:
+    """All weights of the team of `path` but what the newcomers have or are known by."""
+    spec = team.environment.spec
+    _check_alike(spec, trained.world.spec, path)
+    for agent in set(range(spec.num_agents)) - set(newcomers):
+        team.learner.load_agent(agent, trained.learner.agent_state(agent))
+    if isinstance(team.transfer, PAT) and isinstance(trained.transfer, PAT):
+        if differences := _differences(trained.transfer.settings, team.transfer.settings):
+            report(f"what the PAT of {path} has learned stays behind, for its settings differ: {differences}")
+        else:
+            _take_over(team.transfer, trained.transfer, newcomers)
 
 
 def _take_over(transfer: PAT, trained: PAT, newcomers: Iterable[int]) -> None:

@@ -49,8 +49,8 @@ def render_episode(path: str | Path, *, seed: int = 0, own: bool = False, out: s
         raise UserError(f"an episode is drawn as a GIF: {out} must end in .gif")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed must be at least 0 and below 2**63, got {seed}")
-    team = load_team(path, device="cpu")
-    frames = rollout(team.world, team.learner, Transfer(team.learner) if own else team.transfer, seed)
+    with load_team(path, device="cpu") as team:
+        frames = rollout(team.world, team.learner, Transfer(team.learner) if own else team.transfer, seed)
     extent = fit([frame.scene for frame in frames])
     pictures = [
         draw(

@@ -56,7 +56,7 @@ def test_each_way_of_acting_has_its_panel_and_each_method_its_curve(tmp_path, fi
     path = tmp_path / "plots" / "returns.png"
     panels = {"with transfer": {"none": series(), "pat": series(slope=2)}, "own": {"none": series(), "pat": series()}}
     plots.plot_returns(path, panels, title="Navigation", highlight="pat", baseline="none")
-    assert {rgb(plots._COLORS[0]), rgb(plots._GREY)} <= colors(path)
+    assert {rgb(plots.COLORS[0]), rgb(plots.GREY)} <= colors(path)
     assert [entry.name for entry in path.parent.iterdir()] == ["returns.png"]
     (figure,) = figures
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["with transfer", "own"]
@@ -77,7 +77,7 @@ def test_every_method_has_a_colour_of_its_own():
     for count in (2, 11, 30):
         styles = plots._styles([f"method {i}" for i in range(count)], "method 1", "method 0")
         assert len({style["color"] for style in styles.values()}) == count
-        assert styles["method 1"]["color"] == plots._COLORS[0] or count > 12
+        assert styles["method 1"]["color"] == plots.COLORS[0] or count > 12
 
 
 def test_student_share_is_a_percentage_from_none_to_all(tmp_path, figures):

@@ -27,7 +27,7 @@ def test_each_series_is_drawn_in_its_colour(tmp_path, smooth):
     xs = np.arange(500)
     path = tmp_path / "plots" / "loss.png"
     plot_curves(path, {"train": (xs, 9 / (xs + 1)), "held-out": ([0, 250, 499], [9, 1, 0.5])}, smooth=smooth, **LABELS)
-    assert {rgb(plots._COLORS[0]), rgb(plots._COLORS[1])} <= colors(path)
+    assert {rgb(plots.COLORS[0]), rgb(plots.COLORS[1])} <= colors(path)
     assert Image.open(path).size == (1200, 675)
     assert [entry.name for entry in path.parent.iterdir()] == ["loss.png"]
 

@@ -3,7 +3,6 @@
 Letters: R runs, P points of a curve, N agents. A series is (frames [P], values [R, P]): all runs of one method.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,15 +11,10 @@ from numpy.typing import ArrayLike
 
 from fulmen.config import UserError
 from fulmen.marl.statistics import Estimate, curve_intervals, steps_to_threshold
-from fulmen.run import write_atomic
+from fulmen.run.figure import COLORS, FAINT, GREY, INK, make_figure, save_figure, style_axes
 
 Series = tuple[ArrayLike, ArrayLike]
 
-_COLORS = (
-    *("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#06b6d4"),
-    *("#ca8a04", "#ec4899", "#84cc16", "#78350f", "#94a3b8", "#1e3a8a"),
-)
-_INK, _GREY, _FAINT = "#1f2937", "#64748b", "#d1d5db"
 _RESAMPLES = 2000
 """A band a few pixels wide needs fewer than a printed number."""
 _MOST = 8
@@ -91,7 +85,7 @@ def plot_areas(
             axes.plot([low, high], [place, place], color=color, linewidth=4, alpha=0.35, solid_capstyle="round")
             axes.plot([value], [place], color=color, marker="o", markersize=7, markeredgecolor="white")
         if baseline in methods:
-            axes.axvline(methods[baseline].value, color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+            axes.axvline(methods[baseline].value, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         _dress(axes, way, "area under the curve", "")
         axes.xaxis.set_major_formatter("{x:.4g}")
         axes.set_yticks(range(len(names)), names)
@@ -111,10 +105,10 @@ def plot_attention(path: str | Path, weights: ArrayLike, *, title: str, agents: 
     figure = _figure(side + 1.0, side)
     axes = figure.add_subplot()
     image = axes.imshow(weights, vmin=0, vmax=1, cmap="Blues")
-    axes.set_facecolor(_FAINT)
+    axes.set_facecolor(FAINT)
     if count <= 12:
         for i, j in np.argwhere(np.isfinite(weights)):
-            color = "white" if weights[i, j] > 0.62 else _INK
+            color = "white" if weights[i, j] > 0.62 else INK
             axes.text(j, i, f"{weights[i, j]:.2f}", ha="center", va="center", color=color, fontsize=9)
     _dress(axes, "", "teacher", "student")
     fits = max(map(len, agents)) <= (8 if count <= 6 else 3)
@@ -123,8 +117,8 @@ def plot_attention(path: str | Path, weights: ArrayLike, *, title: str, agents: 
     _grid_between_cells(axes, count)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.03)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=_INK, length=0)
-    bar.set_label("attention weight", color=_INK)
+    bar.ax.tick_params(colors=INK, length=0)
+    bar.set_label("attention weight", color=INK)
     _save(figure, path, title)
 
 
@@ -171,16 +165,16 @@ def plot_newcomer(path: str | Path, team: Series, alone: Series, *, trained: flo
     """
     figure = _figure(8.4, 4.6)
     axes = figure.add_subplot()
-    axes.axhline(trained, color=_GREY, linewidth=1.2, linestyle=(0, (5, 3)), label="trained level")
+    axes.axhline(trained, color=GREY, linewidth=1.2, linestyle=(0, (5, 3)), label="trained level")
     reached = {}
-    for name, series, color in (("in the team", team, _COLORS[0]), ("alone", alone, _COLORS[1])):
+    for name, series, color in (("in the team", team, COLORS[0]), ("alone", alone, COLORS[1])):
         xs, middle = _draw_band(axes, series, label=name, color=color, linewidth=2.4, zorder=4, band=0.14)
         reached[name] = steps_to_threshold(xs, middle, trained)
         at = xs == reached[name]
         axes.plot(xs[at], middle[at], "o", color=color, markersize=10, markeredgecolor="white", zorder=6)
     _dress(axes, _newcomer_verdict(**{name.replace(" ", "_"): at for name, at in reached.items()}), "frames", "")
-    axes.set_ylabel("newcomer's own return", color=_INK)
-    axes.legend(labelcolor=_INK, edgecolor="none", framealpha=0.9, loc="lower right")
+    axes.set_ylabel("newcomer's own return", color=INK)
+    axes.legend(labelcolor=INK, edgecolor="none", framealpha=0.9, loc="lower right")
     _save(figure, path, title)
 
 
@@ -194,21 +188,14 @@ def _newcomer_verdict(*, in_the_team: float, alone: float) -> str:
 
 
 def _figure(width: float, height: float):
-    # Figures are made by hand rather than by pyplot: no global state, no window, any thread. The import takes a while.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = make_figure(width, height)
     figure.get_layout_engine().set(w_pad=0.09, h_pad=0.07)
-    FigureCanvasAgg(figure)
     return figure
 
 
 def _save(figure, path: str | Path, title: str) -> None:
-    figure.suptitle(title, x=0.012, ha="left", color=_INK, fontsize=13, fontweight="bold")
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    write_atomic(path, png.getvalue())
+    figure.suptitle(title, x=0.012, ha="left", color=INK, fontsize=13, fontweight="bold")
+    save_figure(figure, path)
 
 
 def _styles(names: Sequence[str], highlight: str | None, baseline: str | None) -> dict[str, dict]:
@@ -222,13 +209,13 @@ def _styles(names: Sequence[str], highlight: str | None, baseline: str | None) -
     if highlight in styles:
         styles[highlight] |= {"linewidth": 3.0, "zorder": 5, "band": 0.18}
     if baseline in names:
-        styles[baseline] = {"color": _GREY, "linewidth": 2.2, "linestyle": (0, (3, 1.2)), "zorder": 4, "band": 0.18}
+        styles[baseline] = {"color": GREY, "linewidth": 2.2, "linestyle": (0, (3, 1.2)), "zorder": 4, "band": 0.18}
     return styles
 
 
 def _palette(count: int) -> list:
-    if count <= len(_COLORS):
-        return list(_COLORS[:count])
+    if count <= len(COLORS):
+        return list(COLORS[:count])
     from matplotlib import colormaps
 
     return [tuple(color) for color in colormaps["turbo"](np.linspace(0.05, 0.95, count))]
@@ -259,7 +246,7 @@ def _stack_teachers(axes, frames: np.ndarray, weights: np.ndarray, student: int,
     labels = [agents[j] for j in shown]
     if order[_MOST:]:
         layers.append(weights[:, order[_MOST:]].sum(axis=1))
-        colors.append(_FAINT)
+        colors.append(FAINT)
         labels.append("others")
     axes.stackplot(frames, layers, colors=colors, labels=labels, alpha=0.8, edgecolor="white", linewidth=0.6)
 
@@ -300,20 +287,12 @@ def _legend_beside(figure, panels, *, title: str | None = None, order: Sequence[
             names,
             loc="outside right center",
             title=title,
-            labelcolor=_INK,
+            labelcolor=INK,
             frameon=False,
         )
 
 
 def _dress(axes, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title, loc="left", color=_GREY, fontsize=10.5)
-    axes.set_xlabel(x_label, color=_INK)
-    axes.set_ylabel(y_label, color=_INK)
-    axes.grid(color=_FAINT, linewidth=0.6, alpha=0.7)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.015)
-    axes.tick_params(colors=_INK, length=0)
+    style_axes(axes, x_label, y_label)
+    axes.set_title(title, loc="left", color=GREY, fontsize=10.5)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.10g}k" if abs(value) >= 1000 else f"{value:g}")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_FAINT)

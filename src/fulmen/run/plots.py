@@ -1,15 +1,12 @@
 """Curves of a run as a picture: the raw values light, their smoothed course in full colour, sparse series as points."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fulmen.run.files import write_atomic
+from fulmen.run.figure import COLORS, INK, make_figure, save_figure, style_axes
 
-_COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#475569")
-_INK, _FAINT = "#1f2937", "#d1d5db"
 _SPARSE = 40
 """Up to so many points are drawn one by one and never smoothed."""
 
@@ -28,19 +25,16 @@ def plot_curves(
     `smooth` is the standard deviation of the Gaussian that smooths a curve, as a share of its number of points; 0 turns
     smoothing off. Values that are not finite leave gaps. Raises `UserError` if the disk refuses.
     """
-    # Figures are made by hand rather than by pyplot: no global state, no window, any thread. The import takes a while.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(8, 4.5)
     axes = figure.add_subplot()
     for index, (name, (xs, ys)) in enumerate(series.items()):
-        _draw(axes, name, np.asarray(xs, float), np.asarray(ys, float), _COLORS[index % len(_COLORS)], smooth)
-    _dress(axes, title, x_label, y_label)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    write_atomic(path, png.getvalue())
+        _draw(axes, name, np.asarray(xs, float), np.asarray(ys, float), COLORS[index % len(COLORS)], smooth)
+    style_axes(axes, x_label, y_label)
+    axes.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=12)
+    axes.xaxis.set_major_formatter("{x:,.10g}")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(labelcolor=INK, edgecolor="none", framealpha=0.9)
+    save_figure(figure, path)
 
 
 def _draw(axes, name: str, xs: np.ndarray, ys: np.ndarray, color: str, smooth: float) -> None:
@@ -63,19 +57,3 @@ def _smooth(ys: np.ndarray, deviation: float) -> np.ndarray:
     total = np.convolve(np.where(known, ys, 0.0), weights, mode="full")[radius:-radius]
     count = np.convolve(known.astype(float), weights, mode="full")[radius:-radius]
     return np.where(known, total / np.where(known, count, 1.0), np.nan)
-
-
-def _dress(axes, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title, loc="left", color=_INK, fontsize=13, fontweight="bold", pad=12)
-    axes.set_xlabel(x_label, color=_INK)
-    axes.set_ylabel(y_label, color=_INK)
-    axes.grid(color=_FAINT, linewidth=0.6, alpha=0.7)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.015)
-    axes.tick_params(colors=_INK, length=0)
-    axes.xaxis.set_major_formatter("{x:,.10g}")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_FAINT)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(labelcolor=_INK, edgecolor="none", framealpha=0.9)

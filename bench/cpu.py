@@ -28,8 +28,9 @@ from transformers.utils import logging
 from fulmen.checkpoint import save_model
 from fulmen.model import LanguageModel, ModelConfig
 from fulmen.ops.lightning import decay_rates, lightning_attention
+from fulmen.run.machine import describe_machine
 from fulmen.run.memory import keep_freed_memory
-from machine import describe_machine, write_results
+from record import write_results
 
 BATCH, LENGTH = 8, 512
 PROMPT, STEPS = 64, 64
@@ -48,7 +49,7 @@ def main() -> None:
         print(peak_memory_here(arguments.memory_of))
         return
     logging.set_verbosity_error()
-    machine = describe_machine("transformers")
+    machine = describe_machine("transformers") | {"threads": torch.get_num_threads()}
     CONSOLE.print(" ".join(f"{key}={value}" for key, value in machine.items()), highlight=False)
     tables = {"train": bench_train, "decode": bench_decode, "memory": bench_memory}
     chosen = [arguments.only] if arguments.only else list(tables)

@@ -27,7 +27,8 @@ from fulmen.marl.spec import TeamSpec
 from fulmen.marl.team import Team, TeamSettings
 from fulmen.marl.transfer.base import Transfer
 from fulmen.marl.worlds import make_environment
-from machine import describe_machine, write_results
+from fulmen.run.machine import describe_machine
+from record import write_results
 
 AGENTS = 3
 WORLDS = (1, 32, 256, 1024, 4096)
@@ -49,6 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     machine = describe_machine(*(["mpe2"] if device.type == "cpu" else []), device=device)
+    machine |= {"threads": torch.get_num_threads()}
     machine |= peer_versions(arguments.peers) if arguments.peers else {}
     CONSOLE.print(" ".join(f"{key}={value}" for key, value in machine.items()), highlight=False)
     tables = {"worlds": bench_worlds, "learning": bench_learning, "memory": bench_memory}

@@ -3,14 +3,13 @@
 import csv
 import json
 import math
-import platform
 
 import numpy as np
 import pytest
 
 from fulmen.config import UserError
 from fulmen.marl import export
-from fulmen.marl.export import RunCurves, describe_machine, marl_eval_data, read_curves, write_curves_csv
+from fulmen.marl.export import RunCurves, marl_eval_data, read_curves, write_curves_csv
 from fulmen.run import MetricsLog, RunDirectory
 
 
@@ -148,14 +147,3 @@ def test_curves_as_csv(tmp_path):
         }
         for frames, own, transfer in (("0", "1.0", "2.0"), ("100", "2.0", "3.0"))
     ]
-
-
-def test_the_machine_is_described(monkeypatch):
-    machine = describe_machine()
-    assert machine["python"] == platform.python_version()
-    assert machine["cores"] >= 1
-    assert {"cpu", "torch", "numpy", "time"} <= machine.keys()
-    json.dumps(machine)
-    # Outside of the package's own repository there is no commit to name.
-    monkeypatch.setattr(export, "_git", lambda *arguments: "")
-    assert "commit" not in describe_machine()

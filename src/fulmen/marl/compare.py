@@ -21,7 +21,7 @@ from rich.text import Text
 
 from fulmen.config import UserError, change_recipe, parse_override
 from fulmen.marl import plots
-from fulmen.marl.export import RunCurves, describe_machine, read_curves, write_csv, write_curves_csv, write_marl_eval
+from fulmen.marl.export import RunCurves, read_curves, write_csv, write_curves_csv, write_marl_eval
 from fulmen.marl.parallel import Failure, Job, Outcome, Train, run_jobs
 from fulmen.marl.statistics import (
     Estimate,
@@ -31,6 +31,7 @@ from fulmen.marl.statistics import (
 )
 from fulmen.run import RunDirectory, write_atomic
 from fulmen.run.files import lock_file
+from fulmen.run.machine import describe_machine
 
 WAYS = {"transfer": "acting with transfer", "own": "own policies only"}
 """The two ways of acting that are always reported apart, and their names."""

@@ -1,4 +1,4 @@
-"""The evaluations of runs: read from their metrics, written as marl-eval's JSON and as CSV, with the machine's name.
+"""The evaluations of runs: read from their metrics, written as marl-eval's JSON and as CSV.
 
 Letters: P evaluations of a run.
 """
@@ -6,13 +6,8 @@ Letters: P evaluations of a run.
 import csv
 import io
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -122,25 +117,6 @@ def write_csv(path: str | Path, rows: list[tuple]) -> None:
     write_atomic(path, text.getvalue())
 
 
-def describe_machine() -> dict[str, str | int]:
-    """CPU, cores, versions, time and, where the package runs from its repository, the commit (+: changed since)."""
-    machine = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count() or 1,
-        "python": platform.python_version(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    for name in ("torch", "numpy", "fulmen"):
-        try:
-            machine[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    # A repository that merely has the installed package somewhere below it is another project's.
-    if _git("ls-files", Path(__file__).name):
-        machine["commit"] = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "..") else "")
-    return machine
-
-
 def _mean(values: list) -> np.ndarray:
     """The mean of equal arrays; nan for none."""
     return np.mean(np.array(values, float), axis=0) if values else np.array(np.nan)
@@ -175,22 +151,3 @@ def _marl_eval_run(curves: RunCurves) -> dict[str, dict]:
     steps = {f"step_{i + 1}": {"step_count": int(x)} | metrics(i) for i, x in enumerate(curves.frames)}
     best = int(np.argmax(np.where(np.isnan(curves.transfer), -np.inf, curves.transfer)))
     return steps | {"absolute_metrics": metrics(best)}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-def _git(*arguments: str) -> str:
-    """What git says in this file's folder; nothing where it fails or is not installed."""
-    command = ["git", *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip()

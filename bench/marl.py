@@ -35,6 +35,7 @@ WORLDS = (1, 32, 256, 1024, 4096)
 MANY_WORLDS = (16_384, 65_536)  # only for a GPU
 # BenchMARL's cycle: so many frames from so many worlds, then so many updates of so many frames each.
 CYCLE = {"worlds": 64, "frames": 6400, "updates": 100, "batch": 256}
+ITERATIONS = 6  # cycles of one turn
 EPISODE, OBSERVATION = 1000, 7
 BATCHES = (1, 2, 4, 8, 16)  # episodes of an update
 PEERS = Path(__file__).parent / "peers"
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("worlds", "learning", "memory"), help="one table instead of all")
     parser.add_argument("--peers", metavar="PYTHON", help="interpreter that has benchmarl and vmas")
     parser.add_argument("--device", default="cpu", help="of ours (default: cpu)")
-    parser.add_argument("--turns", type=int, default=3, help="turns of each comparison (default: 3)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each comparison (default: 5)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     machine = describe_machine(*(["mpe2"] if device.type == "cpu" else []), device=device)
@@ -84,7 +85,7 @@ def bench_learning(peers: str | None, turns: int, device: torch.device) -> dict:
     """Frames a second of independent DDPG with its worlds: equal networks, batches, worlds and updates per frame."""
     ours, theirs = [], []
     for _ in range(turns):
-        arguments = (*CYCLE.values(), 5, torch.get_num_threads())
+        arguments = (*CYCLE.values(), ITERATIONS, torch.get_num_threads())
         theirs.append(peer(peers, "benchmarl_iddpg.py", *arguments) if peers else None)
         ours.append(learning_speed(device))
     row = summary(ours, theirs)
@@ -142,7 +143,7 @@ def mpe2_rate(steps: int = 1000) -> float:
 
 
 def learning_speed(device: torch.device) -> float:
-    """Frames a second."""
+    """Frames a second: the median cycle of those after the first, as the peer's script has it."""
     environment = make_environment("spread", num_worlds=CYCLE["worlds"], agents=AGENTS, max_steps=100, device=device)
     learner = TeamLearner(environment.spec, LearnerSettings(batch=CYCLE["batch"], hidden=(64, 64)), device=device)
     every = CYCLE["frames"] // CYCLE["worlds"] // CYCLE["updates"]
@@ -153,7 +154,7 @@ def learning_speed(device: torch.device) -> float:
         for _ in range(CYCLE["frames"] // CYCLE["worlds"]):
             team.step()
 
-    return CYCLE["frames"] / seconds(run, device)
+    return CYCLE["frames"] / statistics.median(seconds(run, device) for _ in range(ITERATIONS // 2))
 
 
 def memory_update(kind: str, episodes: int, device: torch.device) -> Callable[[], None]:

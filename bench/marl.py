@@ -28,6 +28,7 @@ from fulmen.marl.team import Team, TeamSettings
 from fulmen.marl.transfer.base import Transfer
 from fulmen.marl.worlds import make_environment
 from fulmen.run.machine import describe_machine
+from fulmen.run.memory import keep_freed_memory
 from record import write_results
 
 AGENTS = 3
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="turns of each comparison (default: 5)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    keep_freed_memory()  # as every run does
     machine = describe_machine(*(["mpe2"] if device.type == "cpu" else []), device=device)
     machine |= {"threads": torch.get_num_threads()}
     machine |= peer_versions(arguments.peers) if arguments.peers else {}

@@ -2,7 +2,7 @@
 
     python bench/teams.py                 all, one after the other: hours on two cores; interrupted, it goes on
     python bench/teams.py sparse memory   these
-    python bench/teams.py --page          no training: write docs/marl-results.md from bench/results/teams
+    python bench/teams.py --page          no training: docs/marl-results.md and README's table, from bench/results
 
 Runs go to runs/marl/NAME-compare, what is kept to bench/results/teams/NAME.json. A comparison that begins from another
 one's teams comes after it.
@@ -24,7 +24,8 @@ from fulmen.marl.statistics import area_under_curve, bootstrap_interval, compare
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "teams"
-PAGE = ROOT / "docs" / "marl-results.md"
+PAGE, README = ROOT / "docs" / "marl-results.md", ROOT / "README.md"
+MARK, END = "<!-- bench/teams.py -->\n", "<!-- end -->"
 WAYS = {"transfer": "acting with transfer", "own": "own policies only"}
 
 
@@ -59,7 +60,7 @@ COMPARISONS = {
     "newcomer": Comparison(
         title="A newcomer among trained agents",
         question="Agent 3 begins anew in a team that PAT has trained, whose members learn no more. How soon is it as "
-        "good as they are, with PAT and alone (none)?",
+        "good as they are, with PAT and alone (none)? (The weight of its imitation was chosen on seeds 0 and 1.)",
         command=f"marl/newcomer {TEN} {SPARSE_TEAM}",
     ),
     "newcomer-two-tasks": Comparison(
@@ -105,7 +106,8 @@ def main() -> None:
             if name in (arguments.names or COMPARISONS):
                 measure(name)
     PAGE.write_text(page())
-    print(f"written: {PAGE}")
+    README.write_text(readme())
+    print(f"written: {PAGE} and a table of {README}")
 
 
 def measure(name: str) -> None:
@@ -153,7 +155,72 @@ def page() -> str:
         path = RESULTS / f"{name}.json"
         if path.exists():
             parts.append(section(comparison, json.loads(path.read_text())))
+    return "\n".join([*parts, speed()])
+
+
+def readme() -> str:
+    """README.md with its table of teams as the results have it."""
+    before, rest = README.read_text().split(MARK)
+    after = rest.split(END, 1)[1]
+    head, rows = ["task", "no transfer", "PAT", "PAT, own policies only", "gain, paired by seed"], []
+    for name, comparison in COMPARISONS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists() and {"none", "pat"} <= (scores := by_method(json.loads(path.read_text()))).keys():
+            none, pat = scores["none"], scores["pat"]
+            areas = (interval(score["area"]) for score in (none["transfer"], pat["transfer"], pat["own"]))
+            rows.append([comparison.title, *areas, interval(pat["transfer"]["versus"]["difference"], "+.3g")])
+    return before + MARK + "\n".join([*markdown(head, rows), END]) + after
+
+
+def by_method(result: dict) -> dict[str, dict]:
+    return {row["method"]: row for row in result["rows"]}
+
+
+def speed() -> str:
+    """The figures of bench/marl.py, on a CPU beside the peers and on a GPU."""
+    cpu, gpu = (json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text()) for name in ("marl", "marl-cuda"))
+    keys = ("ours", "peer", "ratio")
+    worlds = [
+        [f"{int(count):,}", *(number(cpu["worlds"].get(count, {}).get(key)) for key in keys), number(row["ours"])]
+        for count, row in gpu["worlds"].items()
+    ]
+    memory = [
+        [count, *(number(side["memory"][count][key]) for side in (cpu, gpu) for key in ("lightning", "lstm", "ratio"))]
+        for count in cpu["memory"]
+    ]
+    learning, one = cpu["learning"], cpu["worlds"]["1"]
+    parts = [
+        "## Speed",
+        f"`python bench/marl.py --peers PYTHON` on {cpu['machine']['cores']} cores of an "
+        f"{cpu['machine']['cpu']}, torch {cpu['machine']['torch']}, and",
+        f"`python bench/marl.py --device cuda` on an {gpu['machine']['gpu']}, torch {gpu['machine']['torch']}. Ratios "
+        "are of one run, in turns.",
+        "",
+        f"Worlds and learning together, spread with 3 agents: {number(learning['ours'])} frames a second, BenchMARL "
+        f"{cpu['machine']['benchmarl']}'s IDDPG",
+        f"{number(learning['peer'])} with equal networks, batches, worlds and updates per frame: "
+        f"**{learning['ratio']:.1f} times**. On the GPU {number(gpu['learning']['ours'])}.",
+        "",
+        f"Worlds alone, steps of all worlds a second (one world of mpe2: {number(one['mpe2'])}):",
+        "",
+        *markdown(["worlds", "ours", f"VMAS {cpu['machine']['vmas']}", "ratio", "ours on the GPU"], worlds),
+        "",
+        "Steps of memory learned from a second, episodes of 1000 steps, by episodes in a batch:",
+        "",
+        *markdown(["episodes", "lightning", "LSTM", "ratio", "lightning, GPU", "LSTM, GPU", "ratio"], memory),
+        "",
+    ]
     return "\n".join(parts)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def section(comparison: Comparison, result: dict) -> str:
@@ -187,13 +254,12 @@ def table(result: dict, way: str) -> list[str]:
     baseline, threshold = result["baseline"], result["threshold"]
     head = ["method", "runs", "area under curve", f"against {baseline}", "", "wins", "worse at", "final return"]
     head.append(f"frames to {threshold:.3g}")
-    rows = [cells(row["method"], row[way]) for row in result["rows"]]
-    return ["| " + " | ".join(cell) + " |" for cell in (head, ["---"] * len(head), *rows)]
+    return markdown(head, [cells(row["method"], row[way]) for row in result["rows"]])
 
 
 def rivals_table(differences: dict) -> list[str]:
     rows = [[rival, *(interval(ways[way], "+.3g") for way in WAYS)] for rival, ways in differences.items()]
-    return ["| " + " | ".join(cell) + " |" for cell in (["rival", *WAYS.values()], ["---"] * (len(WAYS) + 1), *rows)]
+    return markdown(["rival", *WAYS.values()], rows)
 
 
 def cells(method: str, score: dict) -> list[str]:

@@ -103,4 +103,5 @@ def test_the_page_of_results_is_what_the_results_say():
     teams = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(teams)
     assert teams.PAGE.read_text(encoding="utf-8") == teams.page()
+    assert teams.README.read_text(encoding="utf-8") == teams.readme()
     assert {path.stem for path in teams.RESULTS.glob("*.json")} <= set(teams.COMPARISONS)

@@ -33,3 +33,18 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def fulmen(capsys):
+    """fulmen("info", "tiny") gives (exit code, standard output, standard error)."""
+    # Here, so that the settings above come before whatever it imports.
+    from fulmen.cli import main
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return call

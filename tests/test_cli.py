@@ -77,19 +77,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def fulmen(capsys):
-    """fulmen("info", "tiny") gives (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run that has ended; tests only read it."""

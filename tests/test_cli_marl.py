@@ -1,5 +1,6 @@
 """`fulmen marl` as a person meets it: exit codes, one line for what they can mend, what it says it wrote."""
 
+import functools
 import os
 import re
 import shlex
@@ -7,7 +8,7 @@ import signal
 
 import pytest
 
-from fulmen.cli import _parser, main
+from fulmen.cli import _parser
 from fulmen.marl import Team
 from fulmen.run import SnapshotStore
 
@@ -37,16 +38,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def marl(capsys, folder):
+def marl(fulmen, folder):
     """marl("train", "small.toml") gives (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(["marl", *map(str, arguments)])
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return call
+    return functools.partial(fulmen, "marl")
 
 
 def assert_refused(result, *parts):

@@ -108,20 +108,25 @@ def lightning_by_hand(weights, x, agent, rates):
     def linear(name, y):
         return F.linear(y, weights[f"{name}.weight"][agent], weights[f"{name}.bias"][agent][0])
 
+    def normed(name, y):
+        return y / (y.square().mean() + 1e-6).sqrt() * weights[f"lightning0.{name}"][agent][0]
+
     outs, states = [], torch.zeros(2, 4, 4)
     for observation in x:
         u = linear("lightning.in", observation)
         q, k, v = F.silu(linear("lightning0.qkv", u)).view(3, 2, 4)
         states = states * torch.exp(-rates)[:, None, None] + k[:, :, None] * v[:, None, :]
         heads = torch.einsum("hk,hkv->hv", q, states).flatten()
-        normed = heads / (heads.square().mean() + 1e-6).sqrt() * weights["lightning0.norm"][agent][0]
-        outs.append(u + linear("lightning0.out", normed * linear("lightning0.gate", u).sigmoid()))
+        gated = normed("norm", heads) * linear("lightning0.gate", u).sigmoid()
+        outs.append(normed("post_norm", u + linear("lightning0.out", gated)))
     return torch.stack(outs)
 
 
 def test_lightning_is_the_gated_layer_with_decaying_heads():
     memory, stack = make("lightning", layers=1)
     weights, x = stack.unpack(), torch.randn(3, 2, 7, 5)
+    for name in ("norm", "post_norm"):  # which begin at 1
+        weights[f"lightning0.{name}"] = 0.5 + torch.rand(3, 1, 8)
     out, _ = memory.run(weights, x, start(memory, 3, 2))
     for agent in range(3):
         expected = lightning_by_hand(weights, x[agent, 1], agent, decay_rates(2, 0, 2))

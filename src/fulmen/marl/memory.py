@@ -98,10 +98,11 @@ class LSTMMemory(nn.Module):
 
 
 class LightningMemory(nn.Module):
-    """y = u + W_out (RMSNorm(attention(SiLU(W_qkv u))) * sigmoid(W_gate u)), layer after layer, from u = W_in x.
+    """y = RMSNorm(u + W_out (RMSNorm(attention(SiLU(W_qkv u))) * sigmoid(W_gate u))), layer after layer; u = W_in x first.
 
-    The lightning attention layer of MiniMax-01 (section 2.2) with a residual. Its heads forget at `decay_rates`, from
-    a few steps to hundreds. All agents and sequences are one batch of it.
+    The lightning attention layer of MiniMax-01 (section 2.2) with its post-norm, which keeps what comes out as bounded
+    as an LSTM's: agents far off, whose observations are large, do not lead critics astray. Its heads forget at
+    `decay_rates`, from a few steps to hundreds. All agents and sequences are one batch of it.
     """
 
     EPS = 1e-6
@@ -117,6 +118,7 @@ class LightningMemory(nn.Module):
             self.parts |= linear_parts(f"lightning{layer}.gate", self.size, self.size)
             self.parts[f"lightning{layer}.norm"] = Part((1, self.size), None)
             self.parts |= linear_parts(f"lightning{layer}.out", self.size, self.size)
+            self.parts[f"lightning{layer}.post_norm"] = Part((1, self.size), None)
         rates = [decay_rates(self.heads, layer, self.layers + 1) for layer in range(self.layers)]
         self.rates = nn.Buffer(torch.stack(rates).to(device), persistent=False)
         self.ones = nn.Buffer(torch.ones(self.size, device=device), persistent=False)
@@ -127,7 +129,7 @@ class LightningMemory(nn.Module):
         x, finals = linear(weights, "lightning.in", x.flatten(1, 2)), []
         for layer, before in enumerate(state["attention"].unbind(dim=2)):
             branch, final = self._branch(weights, layer, x, before, places)
-            x = x + branch
+            x = self._norm(x + branch, weights[f"lightning{layer}.post_norm"])
             finals.append(final)
         return x.unflatten(1, places), {"attention": torch.stack(finals, dim=2)}
 
@@ -139,10 +141,12 @@ class LightningMemory(nn.Module):
         heads = (len(x) * sequences, steps, 3, self.heads, self.size // self.heads)
         q, k, v = F.silu(linear(weights, f"{name}.qkv", x)).view(heads).unbind(dim=2)
         out, final = _attend(q, k, v, self.rates[layer], state.flatten(0, 1).contiguous())
-        # Agents have norm weights of their own, which the function does not know.
-        normed = rms_norm(out.reshape_as(x), self.ones, self.EPS) * weights[f"{name}.norm"]
-        gated = normed * linear(weights, f"{name}.gate", x).sigmoid()
+        gated = self._norm(out.reshape_as(x), weights[f"{name}.norm"]) * linear(weights, f"{name}.gate", x).sigmoid()
         return linear(weights, f"{name}.out", gated), final.view_as(state)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        # Agents have norm weights of their own, which the function does not know.
+        return rms_norm(x, self.ones, self.EPS) * weight
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

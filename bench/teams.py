@@ -41,6 +41,7 @@ class Comparison:
 
 TEN = "--seeds 10"
 SPARSE_TEAM = "--set 'run.from_run=runs/marl/sparse-compare/pat/seed-{seed}'"
+ADVICE = "transfer.options.keys=advice"
 TWO_TASKS_TEAM = "--set 'run.from_run=runs/marl/two-tasks-compare/pat/seed-{seed}'"
 COMPARISONS = {
     "sparse": Comparison(
@@ -78,12 +79,24 @@ COMPARISONS = {
         question="The same on mpe2's cooperative task, with dense rewards.",
         command=f"marl/spread {TEN}",
     ),
+    "keys": Comparison(
+        title="What tells one teacher from another",
+        question="The selector sees features of the teachers' networks, or only how their advice differs; the latter "
+        "without the entropy that evens the attention out, for the next table. What does it cost here?",
+        command=f"marl/sparse {TEN} --dir runs/marl/keys-compare --baseline features --variant features "
+        f'--variant "advice {ADVICE} transfer.options.selector_entropy=0.0"',
+    ),
     "eight": Comparison(
         title="A selector moves from a team of 4 to one of 8",
-        question="Does a new team of eight start better with the selector of a trained team of four?",
+        question="Does a new team of eight start better with the selector of a trained team of four? Fresh selectors "
+        "against moved ones, with keys of features and of advice. A moved selector of advice learns no more; so does "
+        "frozen_advice, whose selector nobody has trained. (That it should not learn was found on one seed.)",
         command=f"marl/sparse {TEN} --dir runs/marl/eight-compare --baseline fresh --set world.options.agents=8 "
-        "--set run.frames=48000 --set run.evaluate_every=2400 --variant fresh "
-        """--variant "moved run.selector_from='runs/marl/sparse-compare/pat/seed-{seed}'\"""",
+        f'--set run.frames=48000 --set run.evaluate_every=2400 --variant fresh --variant "fresh_advice {ADVICE}" '
+        f'--variant "frozen_advice {ADVICE} transfer.options.selector_lr=0.0" '
+        """--variant "moved run.selector_from='runs/marl/sparse-compare/pat/seed-{seed}'" """
+        f"""--variant "moved_advice {ADVICE} transfer.options.selector_lr=0.0 """
+        """run.selector_from='runs/marl/keys-compare/advice/seed-{seed}'\"""",
     ),
     "memory": Comparison(
         title="Memory",

@@ -98,7 +98,7 @@ class LSTMMemory(nn.Module):
 
 
 class LightningMemory(nn.Module):
-    """y = RMSNorm(u + W_out (RMSNorm(attention(SiLU(W_qkv u))) * sigmoid(W_gate u))), layer after layer; u = W_in x first.
+    """y = RMSNorm(u + W_out (RMSNorm(attention(SiLU(W_qkv u))) * sigmoid(W_gate u))) in a layer, first of u = W_in x.
 
     The lightning attention layer of MiniMax-01 (section 2.2) with its post-norm, which keeps what comes out as bounded
     as an LSTM's: agents far off, whose observations are large, do not lead critics astray. Its heads forget at

@@ -34,9 +34,9 @@ def make_spec(agents=AGENTS, discrete=False, high=1.0, sizes=None):
     )
 
 
-def make_learner(spec=None, memory="none", **settings):
+def make_learner(spec=None, memory="none", hidden=(8, 8), **settings):
     memory = MemorySettings(kind=memory, size=8, heads=2)
-    return TeamLearner(spec or make_spec(), LearnerSettings(hidden=(8, 8), memory=memory, **settings))
+    return TeamLearner(spec or make_spec(), LearnerSettings(hidden=hidden, memory=memory, **settings))
 
 
 def make_pat(learner=None, **settings):
@@ -498,6 +498,17 @@ def test_a_selector_moves_from_a_team_of_four_to_one_of_eight():
     wider = make_pat(make_learner(make_spec(sizes=(SIZE + 1,) * AGENTS)))
     with pytest.raises(UserError, match="context 5, here is 6"):
         wider.load_selector(pat.selector_state())
+
+
+def test_a_selector_of_advice_moves_to_other_networks_and_learns_no_more_at_a_rate_of_zero():
+    pat = make_pat(keys="advice")
+    pat.update(make_batch())
+    larger = make_pat(make_learner(make_spec(agents=8), hidden=(24,)), keys="advice", selector_lr=0.0)
+    larger.load_selector(pat.selector_state())
+    larger.update(make_batch(agents=8))
+    assert torch.equal(larger.selector.query, pat.selector.query)
+    with pytest.raises(UserError, match="the same keys"):
+        make_pat().load_selector(pat.selector_state())
 
 
 def test_a_newcomer_begins_anew():

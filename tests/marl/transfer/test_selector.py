@@ -17,6 +17,7 @@ from fulmen.marl.transfer.selector import (
     load_selector,
     mix_actions,
     mix_parameters,
+    relative_advice,
     save_selector,
     teacher_mask,
 )
@@ -178,6 +179,28 @@ def test_what_is_no_selector_is_refused(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot read the selector"):
         load_selector(tmp_path / "broken.safetensors")
+
+
+def test_relative_advice_is_the_distance_from_the_mean_of_those_who_are_asked():
+    actions, asked = torch.randn(2, 4, 4, 3), everybody(4) | torch.eye(4, dtype=torch.bool)
+    asked[0, 2] = False
+    away = relative_advice(actions, asked)
+    for i in range(4):
+        those = actions[:, i, asked[i]]
+        centre = those.mean(1, keepdim=True)
+        spread = (those - centre).norm(dim=(1, 2)) / asked[i].sum() ** 0.5
+        torch.testing.assert_close(away[:, i], (actions[:, i] - centre) / spread[:, None, None])
+    torch.testing.assert_close(relative_advice(actions * 0.02 + 0.5, asked), away)
+    assert torch.equal(relative_advice(torch.full((4, 4, 3), 0.5), asked), torch.zeros(4, 4, 3))
+
+
+def test_keys_of_advice_tell_of_actions_alone_and_leave_out_who_is_not_asked():
+    learner = TeamLearner(make_spec(observations=(4, 4, 3)), LearnerSettings(hidden=(8,)))
+    advice = Teaching(learner, "advice").while_acting(torch.randn(5, 3, 4), explore=True)
+    asked = torch.tensor([[True, True, False], [True, True, False], [False, False, True]])
+    # The bounds are 1 and -1.
+    assert torch.equal(advice.policies, relative_advice(advice.actions, asked))
+    assert not torch.equal(advice.policies, relative_advice(advice.actions, torch.ones_like(asked)))
 
 
 @pytest.mark.parametrize("kind", ["none", "lstm", "lightning"])

@@ -40,6 +40,10 @@ class PATSettings:
         "behaviour": the teachers' actions are mixed. Always sound.
         "parameters": the teachers' weights are mixed. Only for a learner with equal_start, and to show that it gains
         nothing; without memory.
+    keys, what tells the selector one teacher from another
+        "features": the last hidden layer of its actor, and its action. Knows agents again: finds those of the own task.
+        "advice": how its action stands to what the others advise. Means the same in every team: for a selector that is
+        to move, which selector_entropy = 0 lets keep what it learned.
     gate, who is a student when
         "actor_critic": the paper's student actor-critic. The default.
         "bandit": an episode at a time, whoever has earned this agent the highest return. For newcomers among agents of
@@ -72,6 +76,7 @@ class PATSettings:
     """
 
     value_space: Literal["behaviour", "parameters"] = "behaviour"
+    keys: Literal["features", "advice"] = "features"
     gate: Literal["actor_critic", "bandit", "always", "never", "random"] = "actor_critic"
     follow: Literal["mixture", "drawn"] = "mixture"
     student_reward: Literal["return", "critic_gain", "value_gain"] = "return"
@@ -130,10 +135,10 @@ class PAT(Transfer):
         self.settings = s = settings or PATSettings()
         count, device = learner.num_agents, next(learner.parameters()).device
         self.teachers = teacher_mask(learner.spec).to(device)
-        self.teaching = Teaching(learner)
+        self.teaching = Teaching(learner, s.keys)
         self.selector = TeacherSelector(
             learner.context_size,
-            learner.feature_size + learner.spec.action_size,
+            self.teaching.policy_size,
             size=s.selector_size,
             heads=s.heads,
             bias_scale=s.bias_scale,

@@ -1,13 +1,12 @@
 """The Attention Teacher Selector, one for the whole team: whose policy fits the student's present state.
 
-Letters: N agents, i the student, j the teacher, C context, F features, A action, P = F + A what tells policies apart,
-H heads, D their size. Leading axes
-`...` are worlds [W] while acting, sequences and steps [B, T] while learning.
+Letters: N agents, i the student, j the teacher, C context, F features, A action, P what tells policies apart, H heads,
+D their size. Leading axes `...` are worlds [W] while acting, sequences and steps [B, T] while learning.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from fulmen.marl.learner import TeamLearner
 
 NOBODY = -1e9
+# Of actions in units of half their range: closer together they are the same.
+SMALLEST_SPREAD = 1e-3
 
 
 def teacher_mask(spec: TeamSpec) -> Tensor:
@@ -56,22 +57,39 @@ def mix_parameters(learner: "TeamLearner", context: Tensor, attention: Tensor) -
     return actions.softmax(-1) if learner.spec.discrete else actions
 
 
+def relative_advice(actions: Tensor, asked: Tensor) -> Tensor:
+    """[..., N, N, A] how far each of actions [..., N, N, A] stands from the mean of those whom i asks, asked [N, N].
+
+    In units of their distance (root mean square) from it, so that it means the same among novices, whose actions are
+    small, and among experts, who nearly agree.
+    """
+    share = (asked / asked.sum(-1, keepdim=True))[..., None]
+    away = actions - (share * actions).sum(-2, keepdim=True)
+    spread = (share * away.square()).sum((-2, -1), keepdim=True).sqrt()
+    return away / spread.clamp(min=SMALLEST_SPREAD)
+
+
 class Advice(NamedTuple):
     """What the selector looks at, and what it weighs: the policies of all on the observations of all, no gradients."""
 
     context: Tensor  # [..., N, C] the student's
     actions: Tensor  # [..., N, N, A] what j's policy would do for i; for i = j its own action
-    policies: Tensor  # [..., N, N, P] features of j's actor there, and its action in units of half the range
+    policies: Tensor  # [..., N, N, P] what tells j's policy there from others', as `Teaching.keys` has it
 
 
 class Teaching:
     """Asks every policy about every observation, with the memory that each would have of the student's history.
 
     Training and evaluation have memories of their own. A world's is forgotten by `begin` when an episode begins.
+    keys, what tells policies apart: "features", those of the actor, and its action in units of half the range (P is
+    F + A); "advice", `relative_advice` of these actions alone (P is A).
     """
 
-    def __init__(self, learner: "TeamLearner"):
-        self.learner = learner
+    def __init__(self, learner: "TeamLearner", keys: Literal["features", "advice"] = "features"):
+        self.learner, self.keys = learner, keys
+        self.policy_size = learner.spec.action_size + (learner.feature_size if keys == "features" else 0)
+        asked = teacher_mask(learner.spec) | torch.eye(learner.num_agents, dtype=torch.bool)
+        self._asked = asked.to(next(learner.parameters()).device)
         self._states: dict[bool, dict[str, Tensor] | None] = {True: None, False: None}
 
     @torch.no_grad()
@@ -96,7 +114,7 @@ class Teaching:
     def _policies(self, actions: Tensor, features: Tensor) -> Tensor:
         # Students stand where the bounds are looked for.
         unit = self.learner.space.unit(actions.transpose(-2, -3)).transpose(-2, -3)
-        return torch.cat((features, unit), dim=-1)
+        return relative_advice(unit, self._asked) if self.keys == "advice" else torch.cat((features, unit), dim=-1)
 
     def begin(self, worlds: Tensor | None = None, *, explore: bool) -> None:
         """Episodes begin in these worlds [W] bool; None: in all."""
@@ -129,10 +147,11 @@ def step_batch(observation: Tensor, actions: Tensor, state: Mapping[str, Tensor]
 class TeacherSelector(nn.Module):
     """alpha_ij = softmax_j(W_q [h_i, z_i] . W_k z_j / sqrt(D) + scale bias_ij), averaged over heads.
 
-    Item 3 of docs/marl.md. h_i is the student's context; z_j are the features of j's actor on the student's
-    observation, and what it would do (our choice; the paper says only 'learning information'). The student's own z_i in
-    the query is our choice too: an observation alone does not say which of two tasks an agent has, its policy does. No
-    weight depends on the number of agents, so the selector can move to another team.
+    Item 3 of docs/marl.md. h_i is the student's context; z_j tells of j's policy on the student's observation, by the
+    features of its actor and what it would do, or by the latter alone (`Teaching.keys`; our choice, the paper says only
+    'learning information'). The student's own z_i in the query is our choice too: an observation alone does not say
+    which of two tasks an agent has, its policy does. No weight depends on the number of agents, so the selector can
+    move to another team.
     """
 
     def __init__(
@@ -179,7 +198,7 @@ class TeacherSelector(nn.Module):
         theirs, ours = _sizes(state), _sizes(self.state_dict())
         for name, way_out in (
             ("context", "it fits only observations (and memory) of the same size"),
-            ("policies", "it fits only actions and a last hidden layer of the same size"),
+            ("policies", "it fits only the same keys, and actions and features of the same size"),
             ("heads", "set heads to it"),
             ("head size", "set selector_size to it"),
         ):

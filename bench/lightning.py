@@ -1,0 +1,137 @@
+"""Lightning attention on a GPU beside its peers: forward, and forward with backward, checked before it is timed.
+
+    python bench/lightning.py              the table; results in bench/results/lightning.json
+    python bench/lightning.py --tilings    every tiling at one shape: what `default_tiling` is chosen from
+
+Peers: flash-linear-attention's `chunk_simple_gla` where it is installed, and the floor: every tensor moved once at the
+copy rate measured in the same run.
+"""
+
+import argparse
+import itertools
+
+import torch
+import triton
+from record import write_results
+from torch import Tensor
+
+from fulmen.ops.lightning import decay_rates
+from fulmen.ops.lightning.chunked import chunked_lightning_attention
+from fulmen.ops.lightning.triton import Tiling, triton_lightning_attention
+from fulmen.run.machine import describe_machine
+
+HEADS, DIM = 64, 128
+SHAPES = ((1, 8192), (1, 32768), (1, 131072), (8, 2048), (4, 8192))
+TILINGS = [
+    Tiling(*sizes)
+    for sizes in (
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (64, 32, 4, 2), (64, 32, 4, 3), (32, 64, 4, 3),
+        (128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 1),
+    )
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tilings", action="store_true", help="compare tilings instead of peers")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    bench_tilings() if arguments.tilings else bench_peers()
+
+
+def inputs(batch: int, length: int) -> tuple[list[Tensor], Tensor]:
+    shape = (batch, length, HEADS, DIM)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    return [q, k, v], decay_rates(HEADS, 0, 80).cuda()
+
+
+def relative_errors(tiling: Tiling | None, segment: int | None) -> dict[str, float]:
+    """Of output and gradients against the chunked form in float64, at 2 x 1000."""
+    leaves, rates = inputs(2, 1000)
+    d_out = torch.randn_like(leaves[2])
+    out, _ = triton_lightning_attention(*leaves, rates, None, None, tiling=tiling, segment=segment)
+    got = [out, *torch.autograd.grad(out, leaves, d_out)]
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    truth, _ = chunked_lightning_attention(*doubles, rates, None, None)
+    truths = [truth, *torch.autograd.grad(truth, doubles, d_out.double())]
+    pairs = zip(("out", "d_q", "d_k", "d_v"), got, truths, strict=True)
+    return {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in pairs}
+
+
+def milliseconds(call) -> float:
+    return triton.testing.do_bench(call, warmup=20, rep=80, return_mode="median")
+
+
+def copy_rate() -> float:
+    """Bytes a second of a copy on the device, read and written."""
+    x = torch.randn(2**29, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / (milliseconds(lambda: y.copy_(x)) * 1e-3)
+
+
+def both_ways(function, leaves: list[Tensor]) -> tuple[float, float]:
+    """Milliseconds of the forward pass, and of forward and backward."""
+    d_out = torch.randn_like(leaves[2])
+
+    def training() -> None:
+        torch.autograd.grad(function(), leaves, d_out)
+
+    with torch.no_grad():
+        forward = milliseconds(function)
+    return forward, milliseconds(training)
+
+
+def bench_tilings() -> None:
+    print(f"copy rate {copy_rate() / 1e12:.2f} TB/s")
+    for batch, length in ((1, 32768), (8, 2048)):
+        leaves, rates = inputs(batch, length)
+        for tiling, segment in itertools.product(TILINGS, (None, 8192) if batch == 1 else (None,)):
+            try:
+                errors = relative_errors(tiling, 300)
+                if not max(errors.values()) < 5e-3:
+                    print(tiling, "is wrong:", errors)
+                    continue
+                times = both_ways(
+                    lambda t=tiling, s=segment: triton_lightning_attention(
+                        *leaves, rates, None, None, tiling=t, segment=s
+                    )[0],
+                    leaves,
+                )
+                print(
+                    f"{batch} x {length} {tuple(tiling)} segment {segment}: {times[0]:.3f} {times[1]:.3f}", flush=True
+                )
+            except triton.runtime.errors.OutOfResources as error:
+                print(f"{tuple(tiling)}: {error}")
+
+
+def bench_peers() -> None:
+    errors = relative_errors(None, None)
+    print("relative errors", {name: f"{error:.1e}" for name, error in errors.items()})
+    if not max(errors.values()) < 5e-3:
+        raise SystemExit("wrong, so nothing is timed")
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError as error:
+        print("fla is not installed:", error)
+        chunk_simple_gla = None
+    rate, rows = copy_rate(), []
+    print(f"copy rate {rate / 1e12:.2f} TB/s")
+    for batch, length in SHAPES:
+        leaves, rates = inputs(batch, length)
+        ours = both_ways(lambda x=leaves, r=rates: triton_lightning_attention(*x, r, None, None)[0], leaves)
+        floor = leaves[0].nbytes / rate * 1e3
+        row = {"shape": f"{batch} x {length}", "forward": ours[0], "training": ours[1]}
+        row |= {"floor_forward": 4 * floor, "floor_training": 11 * floor}
+        if chunk_simple_gla is not None:
+            theirs = both_ways(
+                lambda x=leaves, r=rates: chunk_simple_gla(*x, g_gamma=-r, scale=1.0)[0],
+                leaves,
+            )
+            row |= {"fla_forward": theirs[0], "fla_training": theirs[1]}
+        rows.append(row)
+        print({k: v if isinstance(v, str) else round(v, 3) for k, v in row.items()}, flush=True)
+    write_results("lightning", describe_machine("triton", "fla-core", device="cuda"), {"copy_rate": rate, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Lightning attention on a GPU: one Triton kernel that walks the tokens once, for outputs and all gradients.
+
+With `scan(a, b, c)` for the recurrence of keys b, values c and queries a, the forward pass is scan(q, k, v), and so are
+its gradients: dq = scan(do, v, k), and from the last token to the first dk = scan(v, do, q), dv = scan(k, q, do).
+Letters: N samples cut into M segments, H heads, K and V the widths of a, b and of c, C tokens of a block.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+WIDTHS = (32, 64, 96, 128, 256)
+"""Key and value widths that the kernel takes."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Tiling(NamedTuple):
+    """How one launch is cut: results depend on it by rounding alone."""
+
+    block: int  # C, tokens of a block
+    columns: int  # of c and the state, per program
+    warps: int
+    stages: int  # blocks in flight
+
+
+def triton_lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    tiling: Tiling | None = None,
+    segment: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T, H, V] and final states [B or N, H, K, V]; see `fulmen.ops.lightning.lightning_attention`.
+
+    `segment` tokens of a sample are walked by one program; None: as many as fill the GPU with programs.
+    """
+    refusal = why_not(q, v)
+    if refusal is not None:
+        raise ValueError(f'backend "triton" {refusal}')
+    batch, length, heads, _ = q.shape
+    borders = tuple(range(0, batch * length + 1, length)) if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    tiling = tiling or default_tiling(q.dtype, q.shape[3], v.shape[3])
+    if segment is None:
+        segment = _segment_length(borders, heads * triton.cdiv(v.shape[3], tiling.columns), q.device)
+    segments = Segments.cut(borders, segment, q.device)
+    flat = (x.reshape(batch * length, heads, -1) for x in (q, k, v))
+    out, final = _Lightning.apply(*(_rows(x) for x in flat), rates.contiguous(), state, segments, tiling)
+    return out.view(batch, length, heads, -1), final
+
+
+def why_not(q: Tensor, v: Tensor) -> str | None:
+    """The rule that these tensors break, their value and the way out; None if the kernel takes them."""
+    if not (q.is_cuda or triton.knobs.runtime.interpret):
+        return f'needs tensors on a CUDA device, got {q.device}; move them there, or take backend "chunked"'
+    if q.dtype not in DTYPES:
+        return f'takes bf16, fp16 or fp32, got {q.dtype}; convert q, k and v, or take backend "chunked"'
+    for name, width in (("K", q.shape[3]), ("V", v.shape[3])):
+        if width not in WIDTHS:
+            return f'takes {name} of {", ".join(map(str, WIDTHS))}, got {width}; pad it, or take backend "chunked"'
+    return None
+
+
+def default_tiling(dtype: torch.dtype, key_dim: int, value_dim: int) -> Tiling:
+    """The tiling that is right for most lengths."""
+    if dtype == torch.float32:
+        return Tiling(block=32, columns=32, warps=4, stages=1)
+    if max(key_dim, value_dim) > 128:
+        return Tiling(block=64, columns=32, warps=4, stages=2)
+    return Tiling(block=64, columns=min(64, triton.next_power_of_2(value_dim)), warps=4, stages=3)
+
+
+def _segment_length(borders: tuple[int, ...], programs_per_segment: int, device: torch.device) -> int:
+    """One segment a sample where samples fill the GPU, else segments of equal length, about two per multiprocessor."""
+    longest = max(b - a for a, b in itertools.pairwise(borders))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    if 3 * programs_per_segment * (len(borders) - 1) >= 2 * processors:
+        return longest
+    share = triton.cdiv(borders[-1] * programs_per_segment, 2 * processors)
+    return min(longest, max(512, triton.cdiv(share, 128) * 128))
+
+
+class Segments(NamedTuple):
+    """The parts that programs walk: with borders (0, 5, 7) and 3 tokens a segment, 0..3, 3..5 and 5..7."""
+
+    ranges: Tensor  # [M, 2] int32, first token and end
+    samples: Tensor  # [N + 1] int32, each sample's first segment, and M
+    is_whole: bool  # every sample is one segment
+
+    @staticmethod
+    @functools.lru_cache(maxsize=16)
+    def cut(borders: tuple[int, ...], size: int, device: torch.device) -> "Segments":
+        """Each sample into segments of `size` tokens from its own start; kept, as all layers cut alike."""
+        ranges, samples = [], [0]
+        for begin, end in itertools.pairwise(borders):
+            ranges += [(a, min(a + size, end)) for a in range(begin, end, size)]
+            samples.append(len(ranges))
+        tables = (torch.tensor(x, dtype=torch.int32).to(device) for x in (ranges, samples))
+        return Segments(*tables, is_whole=len(ranges) == len(borders) - 1)
+
+
+class _Lightning(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, rates, initial, segments: Segments, tiling: Tiling):
+        entering, final = _entering(k, v, rates, initial, segments, tiling, reverse=False)
+        if final is None:
+            final = _new_states(segments.samples[1:], k, v)
+            out = _scan(q, k, v, rates, segments, tiling, entering, final)
+        else:
+            out = _scan(q, k, v, rates, segments, tiling, entering, None)
+        ctx.save_for_backward(q, k, v, rates, entering)
+        ctx.segments, ctx.tiling, ctx.has_initial = segments, tiling, initial is not None
+        return out, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor, d_final: Tensor):
+        q, k, v, rates, entering = ctx.saved_tensors
+        segments, tiling = ctx.segments, ctx.tiling
+        d_out, d_final = _rows(d_out), d_final.contiguous()
+        leaving, d_initial = _entering(q, d_out, rates, d_final, segments, tiling, reverse=True)
+        wanted = d_initial is None and ctx.has_initial
+        if wanted:
+            d_initial = torch.empty_like(d_final)
+        swapped = None if entering is None else entering.mT
+        d_q = _scan(d_out, v, k, rates, segments, tiling, swapped, None)
+        d_k = _scan(v, d_out, q, rates, segments, tiling, leaving.mT, None, reverse=True)
+        d_v = _scan(k, q, d_out, rates, segments, tiling, leaving, d_initial if wanted else None, reverse=True)
+        return d_q, d_k, d_v, None, d_initial if ctx.has_initial else None, None, None
+
+
+def _entering(b, c, rates, initial, segments: Segments, tiling, reverse: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The state that each segment begins with, and each sample's last; None for the last if no extra pass found it."""
+    if segments.is_whole:
+        return None if initial is None else initial.contiguous(), None
+    local = _new_states(segments.ranges, b, c)
+    _scan(None, b, c, rates, segments, tiling, None, local, reverse=reverse)
+    final = _new_states(segments.samples[1:], b, c)
+    heads, size = rates.shape[0], local[0, 0].numel()
+    initial = None if initial is None else initial.contiguous()
+    grid = (len(final) * heads, triton.cdiv(size, 1024))
+    # Each segment's own sum is replaced by the state before it.
+    _chain_kernel[grid](
+        local, initial, final, rates, segments.ranges, segments.samples,
+        heads, size, HAS_INITIAL=initial is not None, REVERSE=reverse, SIZE=1024,
+    )  # fmt: skip
+    return local, final
+
+
+def _scan(a, b, c, rates, segments: Segments, tiling: Tiling, entering, final, *, reverse=False) -> Tensor | None:
+    """Launch `_scan_kernel`; with a None, nothing but the states [M, H, K, V] in `final`."""
+    heads, keys, values = b.shape[1], b.shape[2], c.shape[2]
+    out = None if a is None else torch.empty_like(c, memory_format=torch.contiguous_format)
+    columns = min(tiling.columns, triton.next_power_of_2(values))
+    grid = (triton.cdiv(values, columns), heads, len(segments.ranges))
+    _scan_kernel[grid](
+        a, b, c, out, rates, entering, final, segments.ranges,
+        *(0 if a is None else s for s in (b if a is None else a).stride()[:2]), *b.stride()[:2], *c.stride()[:2],
+        *(0, 0) if out is None else out.stride()[:2],
+        *(0, 0, 0, 0) if entering is None else entering.stride(),
+        *(0, 0, 0, 0) if final is None else final.stride(),
+        K=keys, V=values, BLOCK_K=triton.next_power_of_2(keys), COLUMNS=columns, C=tiling.block,
+        HAS_OUT=a is not None, HAS_ENTERING=entering is not None, HAS_FINAL=final is not None, REVERSE=reverse,
+        PRECISION="ieee" if b.dtype == torch.float32 else "tf32",
+        STAGES=tiling.stages, num_warps=tiling.warps,
+    )  # fmt: skip
+    return out
+
+
+def _new_states(like: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return torch.empty(len(like), b.shape[1], b.shape[2], c.shape[2], dtype=torch.float32, device=b.device)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def _scan_kernel(
+    p_a, p_b, p_c, p_out, p_rates, p_entering, p_final, p_ranges,
+    a_token, a_head, b_token, b_head, c_token, c_head, out_token, out_head,
+    entering_m, entering_h, entering_k, entering_v, final_m, final_h, final_k, final_v,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr,
+    HAS_OUT: tl.constexpr, HAS_ENTERING: tl.constexpr, HAS_FINAL: tl.constexpr, REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One segment, one head, some columns of c and the state: block after block with the state in registers."""
+    column, i_h, i_m = tl.program_id(0) * COLUMNS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin, end = tl.load(p_ranges + 2 * i_m), tl.load(p_ranges + 2 * i_m + 1)
+    rate = tl.load(p_rates + i_h).to(tl.float32)
+    place, i_k, i_v = tl.arange(0, C), tl.arange(0, BLOCK_K), column + tl.arange(0, COLUMNS)
+    ok_k, ok_v = i_k < K, i_v < V
+    # The gradient of a state is that after the token, a state that before it: one decay less on the way in.
+    late = 1 if REVERSE else 0
+    distance = place[:, None] - place[None, :]
+    inside = tl.where(distance >= 0, tl.exp(-rate * tl.maximum(distance, 0).to(tl.float32)), 0.0)
+    on_entry = tl.exp(-rate * (place + 1 - late).to(tl.float32))
+
+    state = tl.zeros((BLOCK_K, COLUMNS), dtype=tl.float32)
+    ok_state = ok_k[:, None] & ok_v[None, :]
+    if HAS_ENTERING:
+        where = i_m * entering_m + i_h * entering_h + i_k[:, None] * entering_k + i_v[None, :] * entering_v
+        state += tl.load(p_entering + where, mask=ok_state, other=0.0)
+
+    for start in tl.range(0, end - begin, C, num_stages=STAGES):
+        here = start + place
+        real = here < end - begin
+        token = (end - 1 - here if REVERSE else begin + here).to(tl.int64)
+        at_b = token[:, None] * b_token + i_h * b_head + i_k[None, :]
+        at_c = token[:, None] * c_token + i_h * c_head + i_v[None, :]
+        b_b = tl.load(p_b + at_b, mask=real[:, None] & ok_k[None, :], other=0.0)
+        b_c = tl.load(p_c + at_c, mask=real[:, None] & ok_v[None, :], other=0.0)
+        if HAS_OUT:
+            at_a = token[:, None] * a_token + i_h * a_head + i_k[None, :]
+            b_a = tl.load(p_a + at_a, mask=real[:, None] & ok_k[None, :], other=0.0)
+            b_out = tl.dot(b_a, state.to(b_a.dtype), input_precision=PRECISION) * on_entry[:, None]
+            scores = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION) * inside
+            b_out = tl.dot(scores.to(b_c.dtype), b_c, b_out, input_precision=PRECISION)
+            at_out = token[:, None] * out_token + i_h * out_head + i_v[None, :]
+            tl.store(p_out + at_out, b_out.to(p_out.dtype.element_ty), mask=real[:, None] & ok_v[None, :])
+        size = tl.minimum(end - begin - start, C)
+        left = tl.exp(-rate * (tl.maximum(size - 1 - place, 0) + late).to(tl.float32))
+        b_c = (b_c * left[:, None]).to(b_c.dtype)
+        state *= tl.exp(-rate * size.to(tl.float32))
+        state = tl.dot(tl.trans(b_b), b_c, state, input_precision=PRECISION)
+
+    if HAS_FINAL:
+        where = i_m * final_m + i_h * final_h + i_k[:, None] * final_k + i_v[None, :] * final_v
+        tl.store(p_final + where, state, mask=ok_state)
+
+
+@triton.jit
+def _chain_kernel(
+    p_local, p_initial, p_final, p_rates, p_ranges, p_samples, heads, size,
+    HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """The states before all segments of a sample, in place of what each segment alone adds, and the last."""
+    i_n, i_h = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    i = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    ok = i < size
+    rate = tl.load(p_rates + i_h).to(tl.float32)
+    first, end = tl.load(p_samples + i_n), tl.load(p_samples + i_n + 1)
+    state = tl.zeros((SIZE,), dtype=tl.float32)
+    if HAS_INITIAL:
+        state += tl.load(p_initial + (i_n * heads + i_h) * size + i, mask=ok, other=0.0)
+    for step in range(0, end - first):
+        m = (end - 1 - step if REVERSE else first + step).to(tl.int64)
+        tokens = tl.load(p_ranges + 2 * m + 1) - tl.load(p_ranges + 2 * m)
+        where = p_local + (m * heads + i_h) * size + i
+        added = tl.load(where, mask=ok, other=0.0)
+        tl.store(where, state, mask=ok)
+        state = state * tl.exp(-rate * tokens.to(tl.float32)) + added
+    tl.store(p_final + (i_n * heads + i_h) * size + i, state, mask=ok)

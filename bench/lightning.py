@@ -8,17 +8,18 @@ copy rate measured in the same run.
 """
 
 import argparse
+import functools
 import itertools
 
 import torch
 import triton
-from record import write_results
 from torch import Tensor
 
 from fulmen.ops.lightning import decay_rates
 from fulmen.ops.lightning.chunked import chunked_lightning_attention
 from fulmen.ops.lightning.triton import Tiling, triton_lightning_attention
 from fulmen.run.machine import describe_machine
+from record import write_results
 
 HEADS, DIM = 64, 128
 SHAPES = ((1, 8192), (1, 32768), (1, 131072), (8, 2048), (4, 8192))
@@ -86,22 +87,17 @@ def bench_tilings() -> None:
     for batch, length in ((1, 32768), (8, 2048)):
         leaves, rates = inputs(batch, length)
         for tiling, segment in itertools.product(TILINGS, (None, 8192) if batch == 1 else (None,)):
+            ours = functools.partial(attention, *leaves, rates, tiling=tiling, segment=segment)
             try:
                 errors = relative_errors(tiling, 300)
-                if not max(errors.values()) < 5e-3:
-                    print(tiling, "is wrong:", errors)
-                    continue
-                times = both_ways(
-                    lambda t=tiling, s=segment: triton_lightning_attention(
-                        *leaves, rates, None, None, tiling=t, segment=s
-                    )[0],
-                    leaves,
-                )
-                print(
-                    f"{batch} x {length} {tuple(tiling)} segment {segment}: {times[0]:.3f} {times[1]:.3f}", flush=True
-                )
+                times = both_ways(ours, leaves) if max(errors.values()) < 5e-3 else f"wrong: {errors}"
             except triton.runtime.errors.OutOfResources as error:
-                print(f"{tuple(tiling)}: {error}")
+                times = error
+            print(f"{batch} x {length} {tuple(tiling)} segment {segment}: {times}", flush=True)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, **options) -> Tensor:
+    return triton_lightning_attention(q, k, v, rates, None, None, **options)[0]
 
 
 def bench_peers() -> None:
@@ -118,7 +114,7 @@ def bench_peers() -> None:
     print(f"copy rate {rate / 1e12:.2f} TB/s")
     for batch, length in SHAPES:
         leaves, rates = inputs(batch, length)
-        ours = both_ways(lambda x=leaves, r=rates: triton_lightning_attention(*x, r, None, None)[0], leaves)
+        ours = both_ways(functools.partial(attention, *leaves, rates), leaves)
         floor = leaves[0].nbytes / rate * 1e3
         row = {"shape": f"{batch} x {length}", "forward": ours[0], "training": ours[1]}
         row |= {"floor_forward": 4 * floor, "floor_training": 11 * floor}

@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Kernels for a GPU then take tensors on the CPU, slowly; Triton asks once, when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
@@ -33,6 +36,13 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(scope="session")
+def gpu_device():
+    """Where kernels for a GPU are tested: on one, else on the CPU under Triton's interpreter."""
+    pytest.importorskip("triton", reason="the kernels need the triton package")
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture

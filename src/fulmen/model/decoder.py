@@ -93,6 +93,8 @@ class LanguageModel(nn.Module):
 
         `capacity_factor` turns token-drop on; `checkpoint_layers` keeps only each layer's input for the backward pass.
         """
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.cpu()  # its layers look at the borders on the host; here a GPU is waited for once
         self._check(tokens, cache, cu_seqlens)
         x, routings = self.embed_tokens(tokens), []
         if cache is not None and (decoded := decode_step(self, x, cache)):
@@ -146,7 +148,7 @@ class LanguageModel(nn.Module):
 
 def _positions(tokens: Tensor, start: int, cu_seqlens: Tensor | None) -> Tensor:
     """[1, T] int64: each token's place in its sample."""
-    places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-    if cu_seqlens is not None:
-        places = places - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-    return places[None]
+    if cu_seqlens is None:
+        return torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+    places = torch.arange(tokens.shape[1]) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    return places[None].to(tokens.device, non_blocking=True)

@@ -72,7 +72,7 @@ class Trainer:
         nll, targets, num_bytes = 0.0, 0, 0
         for batch in batches:
             with self._autocast():
-                loss = self.model.loss(*self._moved(batch.tokens, batch.targets), cu_seqlens=self._borders(batch))
+                loss = self.model.loss(*self._moved(batch.tokens, batch.targets), cu_seqlens=batch.cu_seqlens)
             nll += loss.nll.item()
             targets += loss.targets.item()
             num_bytes += byte_lengths[batch.targets[batch.targets >= 0]].sum().item()
@@ -125,7 +125,7 @@ class Trainer:
             with self._autocast():
                 part = self.model.loss(
                     *self._moved(batch.tokens, batch.targets),
-                    cu_seqlens=self._borders(batch),
+                    cu_seqlens=batch.cu_seqlens,
                     capacity_factor=settings.capacity_factor or None,
                     checkpoint_layers=settings.checkpoint_layers,
                 )
@@ -133,9 +133,6 @@ class Trainer:
             loss += part.nll.item() / targets
             balance += part.balance.item() / len(batches)
         return loss, balance, part.routing
-
-    def _borders(self, batch: Batch) -> Tensor:
-        return batch.cu_seqlens.to(self.device, non_blocking=True)
 
     def _moved(self, *tensors: Tensor) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in tensors]

@@ -1,98 +1,81 @@
-"""The GPU kernel beside the recurrence in float64: on a GPU where there is one, else under Triton's interpreter.
-
-The interpreter is chosen when `triton` is imported, so its tests run in a process of their own.
-"""
-
-import os
-import subprocess
-import sys
+"""The GPU kernel beside the recurrence in float64: on a GPU where there is one, else under Triton's interpreter."""
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the kernels need the triton package")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+INTERPRETED = not torch.cuda.is_available()
 
 
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this is the process that the test would start")
-def test_interpreter():
-    """All tests of this file on a CPU."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", __file__]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
-
-
-kernel = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="no GPU; run under the interpreter instead")
-
-
-def check(case, compare, tolerance, block, columns, segment):
+def check(gpu_device, case, compare, tolerance, block, columns, segment):
     from fulmen.ops.lightning.triton import Tiling, triton_lightning_attention
 
     def run(q, k, v, rates, state, cu_seqlens):
         tiling = Tiling(block=block, columns=columns, warps=4, stages=2)
         return triton_lightning_attention(q, k, v, rates, state, cu_seqlens, tiling=tiling, segment=segment)
 
-    moved = case._replace(**{n: x.to(DEVICE) for n, x in case._asdict().items() if x is not None})
+    moved = case._replace(**{n: x.to(gpu_device) for n, x in case._asdict().items() if x is not None})
     compare({n: x.cpu() for n, x in moved.results(run).items()}, case.truth(), tolerance)
 
 
-@kernel
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 70])
 @pytest.mark.parametrize("segment", [1000, 32, 20])
-def test_lengths_and_segments(make_case, compare, poisoned_memory, length, segment):
+def test_lengths_and_segments(gpu_device, make_case, compare, poisoned_memory, length, segment):
     case = make_case(length, batch=2, key_dim=32, value_dim=32)
-    check(case, compare, 1e-5, block=16, columns=16, segment=segment)
+    check(gpu_device, case, compare, 1e-5, block=16, columns=16, segment=segment)
 
 
-@kernel
 @pytest.mark.parametrize("segment", [1000, 32])
 @pytest.mark.parametrize("layer", [0, 78])
-def test_packed_samples(make_case, compare, poisoned_memory, segment, layer):
+def test_packed_samples(gpu_device, make_case, compare, poisoned_memory, segment, layer):
     case = make_case(90, borders=[0, 1, 3, 40, 56, 90], layer=layer, key_dim=32, value_dim=64)
-    check(case, compare, 1e-5, block=16, columns=32, segment=segment)
+    check(gpu_device, case, compare, 1e-5, block=16, columns=32, segment=segment)
 
 
-@kernel
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 96), (96, 32), (128, 128), (256, 256)])
-def test_widths(make_case, compare, poisoned_memory, key_dim, value_dim):
+def test_widths(gpu_device, make_case, compare, poisoned_memory, key_dim, value_dim):
     case = make_case(40, heads=(0, 63), key_dim=key_dim, value_dim=value_dim)
-    check(case, compare, 1e-5, block=16, columns=32, segment=32)
+    check(gpu_device, case, compare, 1e-5, block=16, columns=32, segment=32)
 
 
-@kernel
-def test_half_precision(make_case, compare):
+def test_half_precision(gpu_device, make_case, compare):
     # The interpreter multiplies bf16 wrongly; fp16 stands in for it there.
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
-    check(make_case(100, dtype=dtype, key_dim=32, value_dim=32), compare, 5e-3, block=32, columns=32, segment=64)
+    check(
+        gpu_device,
+        make_case(100, dtype=dtype, key_dim=32, value_dim=32),
+        compare,
+        5e-3,
+        block=32,
+        columns=32,
+        segment=64,
+    )
 
 
-@kernel
-def test_nan_stays_in_its_sample(make_case):
+def test_nan_stays_in_its_sample(gpu_device, make_case):
     from fulmen.ops.lightning.triton import triton_lightning_attention
 
     case = make_case(60, borders=[0, 20, 40, 60], key_dim=32, value_dim=32)
     case.k[:, 25] = float("nan")
-    moved = case._replace(**{n: x.to(DEVICE) for n, x in case._asdict().items()})
+    moved = case._replace(**{n: x.to(gpu_device) for n, x in case._asdict().items()})
     for name, x in moved.results(triton_lightning_attention).items():
         others = x[[0, 2]] if name in ("final", "d_state") else x[:, [*range(20), *range(40, 60)]]
         assert others.isfinite().all(), name
 
 
-@kernel
 @pytest.mark.parametrize(("key_dim", "dtype", "rule"), [(100, torch.float32, "got 100"), (32, torch.float64, "bf16")])
-def test_refusals(make_case, key_dim, dtype, rule):
+def test_refusals(gpu_device, make_case, key_dim, dtype, rule):
     from fulmen.ops.lightning.triton import triton_lightning_attention
 
     case = make_case(8, key_dim=key_dim, value_dim=32, dtype=dtype)
     with pytest.raises(ValueError, match=rule):
-        triton_lightning_attention(*case[:5], None)
+        triton_lightning_attention(*(x.to(gpu_device) for x in case[:5]), None)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors on the CPU")
-def test_cpu_tensors_are_refused(make_case):
+def test_cpu_tensors_are_refused(gpu_device, make_case, monkeypatch):
+    import triton
+
     from fulmen.ops.lightning.triton import triton_lightning_attention
 
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="CUDA device, got cpu"):
         triton_lightning_attention(*make_case(8, key_dim=32, value_dim=32)[:5], None)

@@ -1,9 +1,12 @@
 """Every input that `lightning_attention` refuses, and the line that it says."""
 
+import warnings
+
 import pytest
 import torch
 
-from fulmen.ops.lightning import lightning_attention
+from fulmen.ops import gpu
+from fulmen.ops.lightning import _report, lightning_attention
 
 
 def call(*, q=(1, 6, 2, 4), k=(1, 6, 2, 4), v=(1, 6, 2, 5), rates=(2,), dtypes=(torch.float32,) * 3, **options):
@@ -78,3 +81,34 @@ def test_accepted(backend):
     out, state = call(backend=backend, cu_seqlens=borders(0, 2, 6), state=torch.zeros(2, 2, 4, 5), return_state=True)
     assert out.shape == (1, 6, 2, 5)
     assert state.shape == (2, 2, 4, 5)
+
+
+def test_without_triton_its_backend_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(gpu, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match=r'backend "triton" needs the triton package; install it, or take .*chunked'):
+        call(backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("width", "has_triton", "reason"), [(100, True, "got 100"), (64, False, "triton package")])
+def test_a_gpu_without_its_kernel_says_so_once(width, has_triton, reason, monkeypatch):
+    monkeypatch.setattr(gpu, "HAS_TRITON", has_triton)
+    _report.cache_clear()
+    q = torch.randn(1, 6, 2, width, device="cuda")
+    with pytest.warns(RuntimeWarning, match=f'"chunked": .*{reason}'):
+        lightning_attention(q, q, q, torch.ones(2, device="cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lightning_attention(q, q, q, torch.ones(2, device="cuda"))
+    _report.cache_clear()
+
+
+def test_a_warning_is_given_once():
+    _report.cache_clear()
+    with pytest.warns(RuntimeWarning, match='"chunked": the GPU kernel takes K of 32, got 100'):
+        _report("takes K of 32, got 100")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _report("takes K of 32, got 100")
+    _report.cache_clear()

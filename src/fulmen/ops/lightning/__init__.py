@@ -2,14 +2,17 @@
 
     S_t = exp(-s) S_{t-1} + k_t v_t^T        o_t = q_t^T S_t            (MiniMax-01, section 2.2)
 
-`naive.py` is the definition, `chunked.py` computes the same with matrix products, `fulmen.ops.cpu` has a kernel for
-the next token of a sequence; README.md has the mathematics.
+`naive.py` is the definition, `chunked.py` computes the same with matrix products, `triton.py` in one pass on a GPU;
+`fulmen.ops.cpu` has a kernel for the next token of a sequence; README.md has the mathematics.
 """
+
+import functools
+import warnings
 
 import torch
 from torch import Tensor
 
-from fulmen.ops import cpu
+from fulmen.ops import cpu, gpu
 from fulmen.ops.lightning.chunked import chunked_lightning_attention
 from fulmen.ops.lightning.naive import naive_lightning_attention
 from fulmen.ops.packing import check_borders
@@ -33,7 +36,24 @@ def _is_cpu_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor |
     return q.shape[1] == 1 and cpu.serves(1, q, k, v, rates, *others)
 
 
-BACKENDS = {"naive": naive_lightning_attention, "chunked": chunked_lightning_attention, "cpu": _cpu_step}
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if not gpu.HAS_TRITON:
+        raise ValueError(f'backend "triton" {NO_TRITON}')
+    from fulmen.ops.lightning.triton import triton_lightning_attention
+
+    return triton_lightning_attention(q, k, v, rates, state, cu_seqlens)
+
+
+NO_TRITON = 'needs the triton package; install it, or take backend "chunked"'
+
+BACKENDS = {
+    "naive": naive_lightning_attention,
+    "chunked": chunked_lightning_attention,
+    "triton": _triton,
+    "cpu": _cpu_step,
+}
 
 
 def decay_rates(num_heads: int, layer: int, num_layers: int) -> Tensor:
@@ -72,8 +92,9 @@ def lightning_attention(
         cu_seqlens: [N+1] int32 borders of N samples laid end to end, from 0 strictly up to T; then B == 1. Nothing
             crosses a border.
         return_state: whether the states after the last token are wanted.
-        backend: "naive", "chunked", "cpu" (a single token without gradients: see `fulmen.ops.cpu`), or None to pick:
-            "cpu" where it can, the recurrence for another single token, else "chunked".
+        backend: "naive", "chunked", "triton" (a GPU), "cpu" (a single token without gradients: see `fulmen.ops.cpu`),
+            or None to pick: "triton" on a GPU if it takes these tensors, else "chunked"; for a single token "cpu" or
+            the recurrence. A GPU's tensors that "triton" does not take are reported by a warning, once.
 
     Returns:
         The outputs, like v, and the final states in the shape of `state` (None unless `return_state`). Both carry
@@ -92,9 +113,30 @@ def lightning_attention(
 
 
 def _pick(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None) -> str:
-    if q.shape[1] > 1:
+    if q.shape[1] == 1:
+        return "cpu" if _is_cpu_step(q, k, v, rates, state) else "naive"
+    if not q.is_cuda or q.dtype == torch.float64:
         return "chunked"
-    return "cpu" if _is_cpu_step(q, k, v, rates, state) else "naive"
+    refusal = _why_not_triton(q, v)
+    if refusal is not None:
+        _report(refusal)
+    return "triton" if refusal is None else "chunked"
+
+
+def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
+    if not gpu.HAS_TRITON:
+        return NO_TRITON
+    from fulmen.ops.lightning.triton import why_not
+
+    return why_not(q, v)
+
+
+@functools.cache
+def _report(refusal: str) -> None:
+    """Say once why a GPU does not run its own kernel."""
+    warnings.warn(
+        f'lightning attention runs in its slower form "chunked": the GPU kernel {refusal}', RuntimeWarning, stacklevel=2
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> None:

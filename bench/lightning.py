@@ -3,8 +3,8 @@
     python bench/lightning.py              the table; results in bench/results/lightning.json
     python bench/lightning.py --tilings    every tiling at one shape: what `default_tiling` is chosen from
 
-Peers: flash-linear-attention's `chunk_simple_gla` where it is installed, and the floor: every tensor moved once at the
-copy rate measured in the same run.
+Peers: flash-linear-attention's `chunk_simple_gla` where it is installed, PyTorch's softmax attention through cuDNN, and
+the floor: every tensor moved once at the copy rate measured in the same run.
 """
 
 import argparse
@@ -12,8 +12,10 @@ import functools
 import itertools
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fulmen.ops.lightning import decay_rates
 from fulmen.ops.lightning.chunked import chunked_lightning_attention
@@ -23,6 +25,9 @@ from record import write_results
 
 HEADS, DIM = 64, 128
 SHAPES = ((1, 8192), (1, 32768), (1, 131072), (8, 2048), (4, 8192))
+SOFTMAX_UP_TO = 8192  # tokens; softmax attention is not worth the seconds beyond
+PACKED = (50, 4000, 700, 2300, 128, 1900, 333, 3000, 61, 2500, 1024, 388)  # tokens of the samples of one row
+LENGTHS = tuple(2**i for i in range(12, 21))  # 4K..1M
 TILINGS = [
     Tiling(*sizes)
     for sizes in (
@@ -96,8 +101,8 @@ def bench_tilings() -> None:
             print(f"{batch} x {length} {tuple(tiling)} segment {segment}: {times}", flush=True)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, **options) -> Tensor:
-    return triton_lightning_attention(q, k, v, rates, None, None, **options)[0]
+def attention(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, borders: Tensor | None = None, **options) -> Tensor:
+    return triton_lightning_attention(q, k, v, rates, None, borders, **options)[0]
 
 
 def bench_peers() -> None:
@@ -105,28 +110,69 @@ def bench_peers() -> None:
     print("relative errors", {name: f"{error:.1e}" for name, error in errors.items()})
     if not max(errors.values()) < 5e-3:
         raise SystemExit("wrong, so nothing is timed")
+    rate = copy_rate()
+    print(f"copy rate {rate / 1e12:.2f} TB/s")
+    results = {"copy_rate": rate, "errors": errors, "rows": []}
+    flat_row(LENGTHS[0])  # the first is slow, whatever it is
+    results["flat"] = [flat_row(length) for length in LENGTHS]
+    for batch, length in SHAPES:
+        results["rows"].append(row(f"{batch} x {length}", batch, length, None, rate))
+    borders = torch.tensor([0, *itertools.accumulate(PACKED)], dtype=torch.int32)
+    results["rows"].append(row(f"packed, {len(PACKED)} samples", 1, sum(PACKED), borders, rate))
+    write_results("lightning", describe_machine("triton", "fla-core", device="cuda"), results)
+
+
+def row(name: str, batch: int, length: int, borders: Tensor | None, rate: float) -> dict:
+    """One line of the table, in milliseconds: ours, the floor, every peer."""
+    leaves, rates = inputs(batch, length)
+    floor = leaves[0].nbytes / rate * 1e3
+    line = {"shape": name, "floor_forward": 4 * floor, "floor_training": 11 * floor}
+    peers = {"ours": functools.partial(attention, *leaves, rates, borders=borders)}
+    peers |= {
+        "fla": fla(leaves, rates, borders),
+        "softmax": softmax(leaves, borders) if length <= SOFTMAX_UP_TO else None,
+    }
+    for peer, call in peers.items():
+        if call is not None:
+            line[f"{peer}_forward"], line[f"{peer}_training"] = both_ways(call, leaves)
+            print({k: v if isinstance(v, str) else round(v, 3) for k, v in line.items()}, flush=True)
+    return line
+
+
+def fla(leaves: list[Tensor], rates: Tensor, borders: Tensor | None):
+    """Flash-linear-attention's chunked form; None where it is not installed."""
     try:
         from fla.ops.simple_gla import chunk_simple_gla
-    except ImportError as error:
-        print("fla is not installed:", error)
-        chunk_simple_gla = None
-    rate, rows = copy_rate(), []
-    print(f"copy rate {rate / 1e12:.2f} TB/s")
-    for batch, length in SHAPES:
-        leaves, rates = inputs(batch, length)
-        ours = both_ways(functools.partial(attention, *leaves, rates), leaves)
-        floor = leaves[0].nbytes / rate * 1e3
-        row = {"shape": f"{batch} x {length}", "forward": ours[0], "training": ours[1]}
-        row |= {"floor_forward": 4 * floor, "floor_training": 11 * floor}
-        if chunk_simple_gla is not None:
-            theirs = both_ways(
-                lambda x=leaves, r=rates: chunk_simple_gla(*x, g_gamma=-r, scale=1.0)[0],
-                leaves,
-            )
-            row |= {"fla_forward": theirs[0], "fla_training": theirs[1]}
-        rows.append(row)
-        print({k: v if isinstance(v, str) else round(v, 3) for k, v in row.items()}, flush=True)
-    write_results("lightning", describe_machine("triton", "fla-core", device="cuda"), {"copy_rate": rate, "rows": rows})
+    except ImportError:
+        return None
+    borders = None if borders is None else borders.long().cuda()
+    return lambda: chunk_simple_gla(*leaves, g_gamma=-rates, scale=1.0, cu_seqlens=borders)[0]
+
+
+def softmax(leaves: list[Tensor], borders: Tensor | None):
+    """Causal softmax attention through cuDNN; with borders, sample after sample."""
+    cuts = [0, leaves[0].shape[1]] if borders is None else borders.tolist()
+
+    def call() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            parts = [
+                F.scaled_dot_product_attention(*(x[:, a:b].transpose(1, 2) for x in leaves), is_causal=True)
+                for a, b in itertools.pairwise(cuts)
+            ]
+        return parts[0].transpose(1, 2) if len(parts) == 1 else torch.cat(parts, dim=2).transpose(1, 2)
+
+    return call
+
+
+@torch.no_grad()
+def flat_row(length: int) -> dict:
+    """Tokens a second of one layer's attention, forward, with 32 heads."""
+    q, k, v = (torch.randn(1, length, 32, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    rates = decay_rates(32, 0, 80).cuda()
+    seconds = milliseconds(functools.partial(attention, q, k, v, rates)) * 1e-3
+    line = {"length": length, "tokens_per_second": length / seconds}
+    print({k: round(v) for k, v in line.items()}, flush=True)
+    return line
 
 
 if __name__ == "__main__":

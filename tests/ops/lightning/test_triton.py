@@ -79,3 +79,25 @@ def test_cpu_tensors_are_refused(gpu_device, make_case, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="CUDA device, got cpu"):
         triton_lightning_attention(*make_case(8, key_dim=32, value_dim=32)[:5], None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: too long for the interpreter")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-3), (torch.float16, 5e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("borders", [None, "random"])
+@pytest.mark.parametrize("length", [1, 63, 1000, 4097, 70_000])
+def test_long_on_a_gpu(make_case, compare, poisoned_memory, length, borders, dtype, tolerance):
+    """Beside the chunked form in float64, which the recurrence holds elsewhere; two runs are equal bit for bit."""
+    from fulmen.ops.lightning.chunked import chunked_lightning_attention
+    from fulmen.ops.lightning.triton import triton_lightning_attention
+
+    if borders is not None:
+        borders = sorted({0, length, *torch.randint(1, length + 1, (20,)).tolist()})
+    case = make_case(length, borders=borders, heads=(0, 20, 40, 63), key_dim=128, value_dim=128, dtype=dtype)
+    case = case._replace(**{n: x.cuda() for n, x in case._asdict().items() if x is not None})
+    names = ("q", "k", "v", "state", "d_out", "d_final")
+    truth = case._replace(**{n: getattr(case, n).double() for n in names}).results(chunked_lightning_attention)
+    results = case.results(triton_lightning_attention)
+    compare(results, truth, tolerance)
+    again = case.results(triton_lightning_attention)
+    assert all(torch.equal(results[name], again[name]) for name in results)

@@ -59,4 +59,4 @@ class LightningAttention(nn.Module):
         )
         if cache is not None:
             cache.state = state
-        return self.out_proj(self.norm(out.flatten(2)) * self.output_gate(x).sigmoid())
+        return self.out_proj(self.norm(out.flatten(2), self.output_gate(x)))

@@ -14,5 +14,5 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, gate)

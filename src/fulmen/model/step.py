@@ -1,4 +1,4 @@
-"""The next token of each sequence, on a CPU, in one call of `fulmen.ops.cpu.step` for all layers.
+"""The next token of each sequence in one call for all layers: of `fulmen.ops.cpu.step`, or on a GPU of `graph.py`.
 
 The modules are the definition; this computes the same and passes them over. So it steps back (None) where somebody
 could tell: gradients are wanted, a module has been replaced by another kind, is listened to by a hook or wrapped.
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from fulmen.model.cache import Cache, KeyValues, LightningState
 from fulmen.model.config import ModelConfig
+from fulmen.model.graph import GraphedSteps
 from fulmen.model.layer import DecoderLayer
 from fulmen.model.lightning import LightningAttention
 from fulmen.model.linear import Linear
 from fulmen.model.moe import Experts, MixtureOfExperts
 from fulmen.model.norm import RMSNorm
 from fulmen.model.softmax import SoftmaxAttention
-from fulmen.ops import cpu
+from fulmen.ops import cpu, gpu
 from fulmen.ops.cpu.step import KERNELS, LayerMemory, Step, StepLayer, StepShape
 from fulmen.ops.experts import Routing
 from fulmen.ops.rotary import rotary_frequencies
@@ -33,7 +34,7 @@ PASSED_OVER = {DecoderLayer, LightningAttention, SoftmaxAttention, MixtureOfExpe
 
 def decode_step(model: "LanguageModel", x: Tensor, cache: Cache) -> tuple[Tensor, list[Routing]] | None:
     """`LanguageModel.hidden` for embedded tokens x [B, 1, hidden] on a cache that has begun; advances the cache."""
-    if torch.is_grad_enabled() or x.shape[1] != 1 or not cache.length or not cpu.serves(len(x), x, dtypes=KERNELS):
+    if torch.is_grad_enabled() or x.shape[1] != 1 or not cache.length or not _serves(len(x), x):
         return None
     plan = _PLANS.get(model)
     if plan is None or not plan.is_valid():
@@ -43,23 +44,35 @@ def decode_step(model: "LanguageModel", x: Tensor, cache: Cache) -> tuple[Tensor
     memories = [_memory(layer, x) for layer in cache.layers]
     if None in memories:
         return None
-    y, states, routings = plan.step(x, memories, cache.length)
-    for index, state in zip(plan.step.lightning, states, strict=True):
-        cache.layers[index].state = state
+    if isinstance(plan.step, GraphedSteps):
+        result = plan.step(x, memories, cache)
+    else:
+        y, states, routings = plan.step(x, memories, cache.length)
+        for index, state in zip(plan.step.lightning, states, strict=True):
+            cache.layers[index].state = state
+        result = y, [Routing(*routing, kept=None) for routing in routings]
     for layer in cache.layers:
         if type(layer) is KeyValues:
             layer.length += 1
     cache.length += 1
-    return y, [Routing(*routing, kept=None) for routing in routings]
+    return result
+
+
+def _serves(tokens: int, *tensors: Tensor) -> bool:
+    """Whether a CPU's step or a GPU's takes this."""
+    if cpu.serves(tokens, *tensors, dtypes=KERNELS):
+        return True
+    return tokens <= cpu.FEW and gpu.serves(*tensors) and not torch.is_autocast_enabled("cuda")
 
 
 def _memory(layer: LightningState | KeyValues, x: Tensor) -> LayerMemory | None:
     """Where one layer's cache lies, with room for a token; None if it is not as the kernel takes it."""
     if type(layer) is not KeyValues:
         state = layer.state
-        fits = state is not None and state.is_cpu and state.dtype == torch.float32 and state.is_contiguous()
+        fits = state is not None and state.device == x.device and state.dtype == torch.float32
+        fits = fits and state.is_contiguous()
         return LayerMemory(state, None, None) if fits else None
-    if layer.keys is None or not layer.keys.is_cpu or layer.keys.dtype != x.dtype:
+    if layer.keys is None or layer.keys.device != x.device or layer.keys.dtype != x.dtype:
         return None
     layer.reserve(layer.length + 1)
     return LayerMemory(None, layer.keys, layer.values)
@@ -114,20 +127,21 @@ def _are_plain(tensors: list[Tensor]) -> bool:
     rates = [t for t in tensors if not isinstance(t, nn.Parameter)]
     return (
         len(dtypes) == 1
-        and cpu.serves(1, *tensors, dtypes=KERNELS)
-        and cpu.serves(1, *rates)
+        and len({t.device for t in tensors}) == 1
+        and _serves(1, *tensors)
+        and all(t.dtype == torch.float32 for t in rates)
         and all(t.is_contiguous() for t in tensors)
     )
 
 
-def _new_step(model: "LanguageModel") -> Step | None:
+def _new_step(model: "LanguageModel") -> Step | GraphedSteps | None:
     """None where a tensor has another shape than the configuration says: the modules will complain of it."""
     c = model.config
     layers = [_step_layer(layer) for layer in model.layers]
     for layer in layers:
         if {name: tuple(t.shape) for name, t in layer.tensors.items()} != _shapes(c, "rates" in layer.tensors):
             return None
-    frequencies = rotary_frequencies(c.rotary_dim, c.rope_theta, torch.device("cpu"))
+    frequencies = rotary_frequencies(c.rotary_dim, c.rope_theta, model.norm.weight.device)
     shape = StepShape(
         hidden=c.hidden_size,
         heads=c.num_heads,
@@ -138,7 +152,8 @@ def _new_step(model: "LanguageModel") -> Step | None:
         k=c.experts_per_token,
         expert_size=c.expert_size,
     )
-    return Step(layers, model.norm.weight, model.norm.eps, frequencies, shape)
+    prepared = (layers, model.norm.weight, model.norm.eps, frequencies, shape)
+    return GraphedSteps(gpu.step.Step(*prepared)) if gpu.serves(model.norm.weight) else Step(*prepared)
 
 
 def _step_layer(layer: DecoderLayer) -> StepLayer:

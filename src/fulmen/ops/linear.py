@@ -18,6 +18,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
     """The same in fp32, whatever the dtypes, and under autocast too: for what must not be rounded to bf16."""
     device = x.device.type
+    if x.is_cuda and x.dtype == weight.dtype != torch.float32 and not torch.is_grad_enabled():
+        # The products of such numbers are exact in fp32, and their sum is kept in it: nothing is converted.
+        return torch.mm(x.reshape(-1, x.shape[-1]), weight.T, out_dtype=torch.float32).view(*x.shape[:-1], len(weight))
     if not torch.is_autocast_enabled(device):
         x, size = x.float(), weight.shape[-1]
         if x.shape[-1] == size and cpu.serves(x.numel() // size, x, weight, dtypes=cpu.KINDS):

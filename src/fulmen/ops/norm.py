@@ -5,13 +5,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fulmen.ops import cpu
+from fulmen.ops import cpu, gpu
 from fulmen.ops.cpu import training
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 and given back in x's dtype; x [..., D], weight [D]."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 and given back in x's dtype; x [..., D], weight [D].
+
+    A `gate` [..., D], the dtype of x, multiplies that by sigmoid(gate).
+    """
     size = x.shape[-1]
+    if gpu.serves(x, weight) and weight.shape == (size,) and (gate is None or gpu.serves(gate)):
+        return gpu.norm.rms_norm(x, weight, eps, gate)
+    if gate is not None:
+        return rms_norm(x, weight, eps) * gate.sigmoid()
     if weight.shape[0] == size and cpu.serves(x.numel() // size, x, weight):
         return cpu.rms_norm(x, weight, eps)
     if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fulmen.ops import gpu
+
 
 def rotary_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each [..., rotary_dim / 2] fp32, of angles position * base^(-2i / rotary_dim); positions [...]."""
@@ -21,6 +23,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The rest of D, from rotary_dim on, is untouched. Computed in fp32, given back in x's dtype.
     """
+    if gpu.serves(x, cos, sin):
+        return gpu.rotary.apply_rotary(x, cos, sin)
     half = cos.shape[-1]
     first, second = x[..., :half].float(), x[..., half : 2 * half].float()
     cos, sin = cos[..., None, :], sin[..., None, :]

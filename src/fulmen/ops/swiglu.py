@@ -4,11 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fulmen.ops import gpu
 from fulmen.ops.cpu import training
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU(gate) * up of gate_up [R, 2F], the gates before the ups: [R, F]."""
+    if gpu.serves(gate_up):
+        return gpu.swiglu.swiglu(gate_up)
     if training.fuses(gate_up):
         return training.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -20,6 +23,8 @@ def swiglu_backward(d_act: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Te
 
     Returns d_gate_up [R, 2F], the weighted activations weights * act [R, F] and d_weights [R] fp32.
     """
+    if gpu.serves(d_act, gate_up, weights):
+        return gpu.swiglu.swiglu_backward(d_act, gate_up, weights)
     if training.fuses(d_act, gate_up, weights):
         return training.swiglu_backward(d_act, gate_up, weights)
     gate, up = gate_up.chunk(2, dim=-1)

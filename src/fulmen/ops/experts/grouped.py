@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fulmen.ops import gpu
 from fulmen.ops.experts.few import FEW, few_tokens_mlp
 from fulmen.ops.experts.routing import Routing
 from fulmen.ops.linear import product_dtype
@@ -49,18 +50,25 @@ def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
 class Plan(NamedTuple):
     """Which choice each row of the grouped products computes.
 
-    Each expert's rows are padded to a multiple of `ROUND`, so that a CPU's matrix library meets few different shapes
-    (it prepares a kernel per shape, which costs more than the product). Padding has weight 0 and is never read back.
+    Each expert's rows are padded: on a CPU to a multiple of `ROUND`, so that its matrix library meets few different
+    shapes (it prepares a kernel per shape, which costs more than the product); on a GPU as the products ask. Padding
+    has weight 0 and is never read back.
     """
 
-    rows: Tensor  # [N] the rows that hold the kept choices
-    choices: Tensor  # [N] their choices, as t * k + slot
-    tokens: Tensor  # [R] the token that each row reads, padding included
+    row_of: Tensor  # [T, k] each choice's row, -1 for a dropped one
+    tokens: Tensor  # [R] the token that each row reads; of padding any, or -1 for zeros
     weights: Tensor  # [R, 1] the row's weight in its token's answer
     ends: Tensor  # [E] int32, where each expert's rows end
 
 
 def _plan(routing: Routing, dtype: torch.dtype) -> Plan:
+    if not gpu.serves(routing.weights):
+        return _plan_on_host(routing, dtype)
+    experts = routing.experts if routing.kept is None else routing.experts.masked_fill(~routing.kept, -1)
+    return Plan(*gpu.experts.sort_choices(experts, routing.weights.detach(), len(routing.counts), dtype))
+
+
+def _plan_on_host(routing: Routing, dtype: torch.dtype) -> Plan:
     experts, num_experts = routing.experts.flatten(), len(routing.counts)
     choices, counts = experts.argsort(stable=True), routing.counts
     if routing.kept is not None:
@@ -76,7 +84,9 @@ def _plan(routing: Routing, dtype: torch.dtype) -> Plan:
     tokens[rows] = choices // routing.experts.shape[1]
     weights = torch.zeros(total, 1, dtype=dtype, device=choices.device)
     weights[rows, 0] = routing.weights.detach().flatten()[choices].to(dtype)
-    return Plan(rows, choices, tokens, weights, ends.to(torch.int32))
+    row_of = torch.full_like(routing.experts, -1)
+    row_of.view(-1)[choices] = rows
+    return Plan(row_of, tokens, weights, ends.to(torch.int32))
 
 
 class _ExpertsMLP(torch.autograd.Function):
@@ -84,44 +94,48 @@ class _ExpertsMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, plan: Plan):
-        gate_up = F.grouped_mm(x.index_select(0, plan.tokens), w13.mT, offs=plan.ends)
+        gate_up = F.grouped_mm(_permute(x, plan), w13.mT, offs=plan.ends)
         y_RD = F.grouped_mm(swiglu(gate_up), w2.mT, offs=plan.ends)
         ctx.save_for_backward(x, w13, w2, gate_up, *plan)
-        ctx.weights_shape = weights.shape
-        return _sum_per_token(y_RD.mul_(plan.weights), plan, weights.shape)
+        if gpu.serves(y_RD):
+            return gpu.experts.unpermute(y_RD, plan.row_of, weights)
+        return _sum_per_token(y_RD.mul_(plan.weights), plan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor):
         x, w13, w2, gate_up, *saved = ctx.saved_tensors
         plan = Plan(*saved)
-        d_y = d_out.index_select(0, plan.tokens)
+        d_y = _permute(d_out, plan)
         # The weight's own gradient is (w2^T d_y) . act, so the answers y need not be kept.
         d_act = F.grouped_mm(d_y, w2, offs=plan.ends)
         d_gate_up, weighted_act, d_rows = swiglu_backward(d_act, gate_up, plan.weights)
-        d_weights = torch.zeros(ctx.weights_shape, dtype=torch.float32, device=x.device)
-        d_weights.view(-1)[plan.choices] = d_rows[plan.rows]
         d_w2 = F.grouped_mm(d_y.T, weighted_act, offs=plan.ends)
-        d_w13 = F.grouped_mm(d_gate_up.T, x.index_select(0, plan.tokens), offs=plan.ends)
-        d_x = _sum_per_token(F.grouped_mm(d_gate_up, w13, offs=plan.ends), plan, ctx.weights_shape)
+        d_w13 = F.grouped_mm(d_gate_up.T, _permute(x, plan), offs=plan.ends)
+        d_x = _sum_per_token(F.grouped_mm(d_gate_up, w13, offs=plan.ends), plan)
+        # A dropped choice has no row to read.
+        padded = torch.cat((d_rows, d_rows.new_zeros(1)))
+        d_weights = padded[torch.where(plan.row_of < 0, len(d_rows), plan.row_of)]
         return d_x, d_w13, d_w2, d_weights, None
 
 
-def _sum_per_token(rows_RD: Tensor, plan: Plan, shape: torch.Size) -> Tensor:
+def _permute(x: Tensor, plan: Plan) -> Tensor:
+    """Each row's token: [T, D] to [R, D]."""
+    return gpu.experts.permute(x, plan.tokens) if gpu.serves(x) else x.index_select(0, plan.tokens)
+
+
+def _sum_per_token(rows_RD: Tensor, plan: Plan) -> Tensor:
     """Sum the rows of each token's kept choices: [R, D] to [T, D]."""
+    if gpu.serves(rows_RD):
+        return gpu.experts.unpermute(rows_RD, plan.row_of)
+    if len(rows_RD) == 0:
+        return rows_RD.new_zeros(len(plan.row_of), rows_RD.shape[1])
     # A dropped choice reads some row and counts it as zero.
-    if len(plan.choices) == 0:
-        return rows_RD.new_zeros(shape[0], rows_RD.shape[1])
-    row_of = torch.zeros(shape, dtype=torch.int64, device=rows_RD.device)
-    row_of.view(-1)[plan.choices] = plan.rows
-    dropped = None
-    if len(plan.choices) < row_of.numel():
-        dropped = torch.ones(shape, dtype=torch.bool, device=rows_RD.device)
-        dropped.view(-1)[plan.choices] = False
-    total = None
-    for slot in range(shape[1]):
-        part = rows_RD.index_select(0, row_of[:, slot])
-        if dropped is not None:
+    dropped = plan.row_of < 0
+    some_dropped, rows, total = bool(dropped.any()), plan.row_of.clamp(min=0), None
+    for slot in range(rows.shape[1]):
+        part = rows_RD.index_select(0, rows[:, slot])
+        if some_dropped:
             part.masked_fill_(dropped[:, slot, None], 0)
         total = part if total is None else total.add_(part)
     return total

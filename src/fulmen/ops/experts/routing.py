@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fulmen.ops import cpu
+from fulmen.ops import cpu, gpu
 
 
 class Routing(NamedTuple):
@@ -37,15 +37,19 @@ def route(logits: Tensor, k: int, capacity: int | None = None) -> Routing:
     """
     if capacity is None and k <= logits.shape[1] and cpu.serves(len(logits), logits):
         return Routing(*cpu.route(logits, k), kept=None)
-    probs = logits.float().softmax(dim=-1)
-    top, experts = probs.topk(k, dim=-1)
-    weights = top / top.sum(dim=-1, keepdim=True)
-    counts = torch.bincount(experts.flatten(), minlength=logits.shape[1])
+    if k <= logits.shape[1] and gpu.serves(logits):
+        experts, weights, probs = gpu.experts.route(logits, k)
+        counts = gpu.experts.count_choices(experts, logits.shape[1])
+    else:
+        probs = logits.float().softmax(dim=-1)
+        top, experts = probs.topk(k, dim=-1)
+        weights = top / top.sum(dim=-1, keepdim=True)
+        counts = torch.bincount(experts.flatten(), minlength=logits.shape[1])
     kept = None if capacity is None else _within_capacity(experts, counts, capacity)
     return Routing(experts, weights, probs, counts, kept)
 
 
-def _within_capacity(experts: Tensor, counts: Tensor, capacity: int) -> Tensor | None:
+def _within_capacity(experts: Tensor, counts: Tensor, capacity: int) -> Tensor:
     flat = experts.flatten()
     by_expert = flat.argsort(stable=True)
     starts = counts.cumsum(0) - counts

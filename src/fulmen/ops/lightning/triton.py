@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fulmen.ops.gpu import DTYPES
+
 WIDTHS = (32, 64, 96, 128, 256)
 """Key and value widths that the kernel takes."""
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Tiling(NamedTuple):

@@ -1,0 +1,85 @@
+"""The next token of each sequence on a GPU: all layers as one recorded CUDA graph, launched at once.
+
+A step is some two hundred small launches, each of which costs the host more time than the GPU. The first step of a
+cache runs them one by one (kernels are compiled where they are new), the second records them, and all further ones
+replay the record, until keys and values outgrow their buffers.
+"""
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fulmen.model.cache import Cache
+from fulmen.ops.cpu.step import LayerMemory, StepResult
+from fulmen.ops.experts import Routing
+
+
+class GraphedSteps:
+    """A model's step (`fulmen.ops.gpu.step.Step`) for any number of caches, each with its own record."""
+
+    def __init__(self, step):
+        self.step, self.dtype = step, step.dtype
+        self._records: WeakKeyDictionary[Cache, _Record] = WeakKeyDictionary()
+        self._pool = None
+
+    def __call__(self, x: Tensor, memories: Sequence[LayerMemory], cache: Cache) -> tuple[Tensor, list[Routing]]:
+        """Normed output [B, 1, hidden] and routings for x [B, 1, hidden]; the memories are advanced in place."""
+        record = self._records.get(cache)
+        if record is None or not record.fits(memories):
+            record = self._records[cache] = _Record(x, memories)
+            y, routings = record.run(self.step, x, cache.length)
+        elif not x.is_cuda:  # Triton's interpreter
+            y, routings = record.run(self.step, x, cache.length)
+        else:
+            if record.graph is None:
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                record.capture(self.step, self._pool)
+            y, routings = record.replay(x, cache.length)
+        return y[:, None], [Routing(*routing, kept=None) for routing in routings]
+
+
+class _Record:
+    """Fixed places for what goes into a step, and the graph that reads them."""
+
+    def __init__(self, x: Tensor, memories: Sequence[LayerMemory]):
+        self.memories, self.graph = list(memories), None
+        with torch.inference_mode(False):  # for they are written in later steps, in whatever mode those run
+            self.x = torch.empty(len(x), x.shape[2], dtype=x.dtype, device=x.device)
+            self.slots = torch.arange(len(x), dtype=torch.int32, device=x.device)
+            self.positions = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+
+    def fits(self, memories: Sequence[LayerMemory]) -> bool:
+        """Whether the memories still lie where they did."""
+        before, now = ([tensor for memory in each for tensor in memory] for each in (self.memories, memories))
+        return all(old is new for old, new in zip(before, now, strict=True))
+
+    def run(self, step, x: Tensor, position: int) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """One by one."""
+        self._put(x, position)
+        result = self._step(step)
+        return result.y, result.routings
+
+    def capture(self, step, pool) -> None:
+        """Record the launches, without running them."""
+        self.graph = torch.cuda.CUDAGraph()
+        # Another thread may allocate meanwhile.
+        recording = torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local")
+        with torch.inference_mode(False), torch.no_grad(), recording:
+            y, _, routings = self._step(step)
+            self.outputs = (y, *(torch.stack(tensors) for tensors in zip(*routings, strict=True)))
+
+    def replay(self, x: Tensor, position: int) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Launch the record; what it gives is copied, for the next replay writes to the same places."""
+        self._put(x, position)
+        self.graph.replay()
+        y, *routings = (tensor.clone() for tensor in self.outputs)
+        return y, list(zip(*(tensor.unbind() for tensor in routings), strict=True))
+
+    def _put(self, x: Tensor, position: int) -> None:
+        self.x.copy_(x[:, 0])
+        self.positions.fill_(position)
+
+    def _step(self, step) -> StepResult:
+        return step(self.x, self.memories, self.slots, self.positions)

@@ -1,0 +1,70 @@
+"""All layers of a text model for one token of each of a few sequences, as launches that a CUDA graph can hold.
+
+What `fulmen.ops.cpu.step` is to a CPU: this module knows tensors, `fulmen.model.step` which modules they belong to.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fulmen.ops import gpu
+from fulmen.ops.cpu.step import LayerMemory, StepLayer, StepResult, StepShape
+
+
+class Step:
+    """The layers and the last norm, prepared once. It holds the tensors; whoever replaces one makes another Step."""
+
+    def __init__(self, layers: Sequence[StepLayer], norm: Tensor, eps: float, frequencies: Tensor, shape: StepShape):
+        self.layers, self.norm, self.eps, self.frequencies, self.shape = list(layers), norm, eps, frequencies, shape
+        self.dtype = norm.dtype
+
+    def __call__(self, x: Tensor, memories: Sequence[LayerMemory], slots: Tensor, positions: Tensor) -> StepResult:
+        """Layers and norm of x [B, hidden], each sequence's token at `positions` [B] int32 of its slot, [B] int32.
+
+        Memories are changed in place. Nothing here depends on a number that only the GPU knows.
+        """
+        first = self.layers[0]
+        normed = gpu.norm.rms_norm(x, first.tensors["w_before"], first.constants["eps_before"])
+        routings = []
+        for index, (layer, memory) in enumerate(zip(self.layers, memories, strict=True)):
+            w, c = layer.tensors, layer.constants
+            mix = self._lightning if memory.state is not None else self._softmax
+            branch = mix(normed, layer, memory, slots, positions)
+            normed = gpu.decoding.add_norm(
+                normed, branch, c["mixer_alpha"], c["mixer_beta"], w["w_after"], c["eps_after"]
+            )
+            routing, answers = self._experts(normed, layer)
+            routings.append(routing)
+            is_last = index == len(self.layers) - 1
+            after = self.norm if is_last else self.layers[index + 1].tensors["w_before"]
+            eps = self.eps if is_last else self.layers[index + 1].constants["eps_before"]
+            normed = gpu.decoding.add_norm(normed, answers, c["mlp_alpha"], c["mlp_beta"], after, eps, routing[1])
+        return StepResult(normed, [], routings)
+
+    def _lightning(self, x: Tensor, layer: StepLayer, memory: LayerMemory, slots: Tensor, positions: Tensor) -> Tensor:
+        w, heads, size = layer.tensors, self.shape.heads, self.shape.dim
+        q, k, v = (x @ w["w_q"].T).view(-1, heads, 3, size).unbind(2)
+        out = gpu.decoding.lightning_step_(q, k, v, w["rates"], memory.state, slots, silu=True)
+        gate = x @ w["w_gate"].T
+        return gpu.norm.rms_norm(out.flatten(1), w["w_norm"], layer.constants["eps_norm"], gate) @ w["w_out"].T
+
+    def _softmax(self, x: Tensor, layer: StepLayer, memory: LayerMemory, slots: Tensor, positions: Tensor) -> Tensor:
+        w, size = layer.tensors, self.shape.dim
+        q, k, v = ((x @ w[name].T).view(len(x), -1, size) for name in ("w_q", "w_k", "w_v"))
+        place = (memory.keys, memory.values, slots, positions)
+        gpu.decoding.append_keys_(k, v, self.frequencies, *place)
+        return gpu.decoding.attention_step(q, self.frequencies, *place).flatten(1) @ w["w_out"].T
+
+    def _experts(self, x: Tensor, layer: StepLayer) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """What `route` gives, and each choice's answer [B, k, hidden]."""
+        w = layer.tensors
+        router = w["w_router"]
+        logits = (
+            x @ router.T
+            if x.dtype == torch.float32 or not x.is_cuda
+            else torch.mm(x, router.T, out_dtype=torch.float32)
+        )
+        experts, weights, probs = gpu.experts.route(logits, self.shape.k)
+        counts = gpu.experts.count_choices(experts, self.shape.num_experts)
+        return (experts, weights, probs, counts), gpu.decoding.experts_mlp(x, w["w13"], w["w2"], experts)

@@ -1,0 +1,134 @@
+"""A decoding step through the kernels for a GPU: what the modules compute; under Triton's interpreter, or recorded."""
+
+import pytest
+import torch
+
+from fulmen.model import LanguageModel, ModelConfig, graph
+from fulmen.ops import cpu, gpu
+
+CONFIG = ModelConfig(
+    vocab_size=23,
+    hidden_size=40,
+    num_layers=4,
+    layer_plan="LS",
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rotary_dim=8,
+    num_experts=5,
+    experts_per_token=3,
+    expert_size=24,
+    lightning_beta=0.7,
+    softmax_alpha=1.3,
+    mlp_beta=0.9,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def model(gpu_device):
+    torch.manual_seed(0)
+    model = LanguageModel(CONFIG).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.copy_(torch.rand_like(parameter) + 0.5)
+    return model.to(gpu_device)
+
+
+@pytest.fixture
+def steps(monkeypatch, gpu_device):
+    """The number of steps so far; from here on they are the kernels'."""
+    counter, original = [], graph.GraphedSteps.__call__
+
+    def counted(self, *arguments):
+        counter.append(1)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(graph.GraphedSteps, "__call__", counted)
+    if gpu_device == "cpu":
+        monkeypatch.setattr(cpu, "serves", lambda *_, **__: False)
+        monkeypatch.setattr(gpu, "serves", lambda *tensors: all(t.dtype in gpu.DTYPES for t in tensors))
+    return counter
+
+
+def decode(model, tokens):
+    """Logits of all tokens, one at a time."""
+    cache = model.new_cache(len(tokens))
+    return torch.cat([model(column, cache=cache) for column in tokens.split(1, dim=1)], dim=1)
+
+
+def forward(model, tokens):
+    """Logits of the modules, all tokens at once."""
+    with torch.enable_grad():
+        return model(tokens).detach()
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_equals_the_modules(model, batch, steps, gpu_device, poisoned_memory):
+    tokens = torch.randint(CONFIG.vocab_size, (batch, 9), device=gpu_device)
+    torch.testing.assert_close(decode(model, tokens), forward(model, tokens), rtol=0, atol=5e-5)
+    assert len(steps) == 8, "the first token finds an empty cache"
+
+
+def test_keys_and_values_outgrow_their_buffer(model, steps, gpu_device):
+    tokens = torch.randint(CONFIG.vocab_size, (2, 70), device=gpu_device)
+    cache = model.new_cache(2)
+    got = [model(tokens[:, :60], cache=cache)] + [model(t, cache=cache) for t in tokens[:, 60:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(got, dim=1), forward(model, tokens), rtol=0, atol=5e-5)
+    assert len(steps) == 10
+
+
+def test_two_caches_in_turns_and_tokens_in_between(model, steps, gpu_device):
+    tokens = torch.randint(CONFIG.vocab_size, (2, 1, 14), device=gpu_device)
+    caches, got = [model.new_cache(1) for _ in range(2)], ([], [])
+    for part in (
+        slice(0, 2),
+        *(slice(t, t + 1) for t in range(2, 8)),
+        slice(8, 10),
+        *(slice(t, t + 1) for t in range(10, 14)),
+    ):
+        for i in (0, 1):
+            got[i].append(model(tokens[i][:, part], cache=caches[i]))
+    for i in (0, 1):
+        torch.testing.assert_close(torch.cat(got[i], dim=1), forward(model, tokens[i]), rtol=0, atol=5e-5)
+
+
+def test_what_a_step_gives_outlives_the_next(model, steps, gpu_device):
+    cache = model.new_cache(1)
+    outputs = [model.hidden(torch.full((1, 1), t, device=gpu_device), cache=cache) for t in range(5)]
+    kept = [(hidden.clone(), [r.weights.clone() for r in routings]) for hidden, routings in outputs[-2:-1]]
+    model.hidden(torch.full((1, 1), 7, device=gpu_device), cache=cache)
+    hidden, routings = outputs[-2]
+    assert torch.equal(hidden, kept[0][0])
+    assert all(torch.equal(r.weights, w) for r, w in zip(routings, kept[0][1], strict=True))
+
+
+def test_steps_back_for_a_hook(model, steps, gpu_device):
+    cache = model.new_cache(1)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=gpu_device)
+    for _ in range(2):
+        model(token, cache=cache)
+    heard = []
+    model.layers[1].register_forward_hook(lambda *_: heard.append(1))
+    model(token, cache=cache)
+    assert (len(steps), len(heard)) == (1, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records need a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_records_equal_the_modules(dtype, steps):
+    model = LanguageModel(ModelConfig.preset("tiny")).eval().cuda()
+    tokens = torch.randint(4096, (3, 40), device="cuda")
+    exact = forward(model, tokens)
+    model = model.to(dtype)
+    with torch.inference_mode():
+        got = decode(model, tokens)
+    error = ((got - exact).norm() / exact.norm()).item()
+    assert error < {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}[dtype]
+    assert len(steps) == 39

@@ -1,0 +1,85 @@
+"""Kernels for the next token of each sequence, against the definitions in float64."""
+
+import pytest
+import torch
+
+from fulmen.ops import gpu
+from fulmen.ops.lightning import decay_rates
+from fulmen.ops.lightning.naive import naive_lightning_attention
+from fulmen.ops.rotary import apply_rotary, rotary_frequencies, rotary_tables
+from fulmen.ops.softmax.naive import naive_softmax_attention
+
+SLOTS = [4, -1, 0, 2]
+
+
+@pytest.mark.parametrize(("heads", "key_dim", "value_dim"), [(1, 8, 8), (3, 32, 32), (2, 96, 40), (2, 128, 128)])
+@pytest.mark.parametrize("silu", [False, True])
+def test_lightning_step(heads, key_dim, value_dim, silu, gpu_device, compare, poisoned_memory):
+    packed = torch.randn(len(SLOTS), heads, 2 * key_dim + value_dim, device=gpu_device)
+    q, k, v = packed.split((key_dim, key_dim, value_dim), dim=-1)
+    pool = torch.randn(6, heads, key_dim, value_dim, device=gpu_device)
+    rates, before = decay_rates(heads, 1, 4).to(gpu_device), pool.clone()
+    slots = torch.tensor(SLOTS, dtype=torch.int32, device=gpu_device)
+    out = gpu.decoding.lightning_step_(q, k, v, rates, pool, slots, silu=silu)
+    used = [0, 2, 3]
+    activation = torch.nn.functional.silu if silu else torch.nn.Identity()
+    inputs = (activation(x[used].double())[:, None] for x in (q, k, v))
+    truth, states = naive_lightning_attention(*inputs, rates, before[[4, 0, 2]].double(), None)
+    compare(
+        {"out": out[used].cpu(), "state": pool[[4, 0, 2]].cpu()},
+        {"out": truth[:, 0].cpu(), "state": states.cpu()},
+        1e-5,
+    )
+    assert torch.equal(pool[[1, 3, 5]], before[[1, 3, 5]])
+    assert (out[1] == 0).all()
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "size", "rotary_dim"), [(4, 2, 16, 8), (3, 1, 40, 40), (20, 1, 16, 6)])
+@pytest.mark.parametrize("room", [8, 700])
+def test_attention_step(heads, key_heads, size, rotary_dim, room, gpu_device, compare, poisoned_memory):
+    q, k, v = (torch.randn(4, n, size, device=gpu_device) for n in (heads, key_heads, key_heads))
+    keys, values = torch.full((2, 6, room, key_heads, size), float("nan"), device=gpu_device)
+    slots = torch.tensor(SLOTS, dtype=torch.int32, device=gpu_device)
+    positions = torch.tensor([0, 0, room - 1, room // 2], dtype=torch.int32, device=gpu_device)
+    for slot, position in zip(slots.tolist(), positions.tolist(), strict=True):
+        if slot >= 0:
+            keys[slot, :position], values[slot, :position] = torch.randn(2, position, key_heads, size)
+    frequencies = rotary_frequencies(rotary_dim, 1e4, gpu_device)
+    gpu.decoding.append_keys_(k, v, frequencies, keys, values, slots, positions)
+    out = gpu.decoding.attention_step(q, frequencies, keys, values, slots, positions)
+    assert (out[1] == 0).all()
+    for b in (0, 2, 3):
+        slot, position = SLOTS[b], int(positions[b])
+        tables = rotary_tables(positions[b : b + 1, None].cpu(), rotary_dim, 1e4)
+        turned_q, turned_k = (apply_rotary(x[None, None, b].cpu(), *tables) for x in (q, k))
+        assert keys[slot, position + 1 :].isnan().all()
+        torch.testing.assert_close(keys[slot, position].cpu(), turned_k[0, 0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(values[slot, position], v[b])
+        seen = (x[slot, : position + 1][None].double().cpu() for x in (keys, values))
+        truth = naive_softmax_attention(turned_q.double(), *seen, None)
+        compare({"out": out[b].cpu()}, {"out": truth[0, 0]}, 1e-5)
+
+
+def test_untouched_slots_keep_their_keys(gpu_device):
+    keys, values = torch.randn(2, 6, 8, 1, 8, device=gpu_device)
+    before = keys.clone()
+    slots = torch.tensor([-1, 3], dtype=torch.int32, device=gpu_device)
+    positions = torch.tensor([2, 5], dtype=torch.int32, device=gpu_device)
+    k, v = torch.randn(2, 2, 1, 8, device=gpu_device)
+    gpu.decoding.append_keys_(k, v, rotary_frequencies(8, 1e4, gpu_device), keys, values, slots, positions)
+    changed = (keys != before).flatten(2).any(dim=2).nonzero().tolist()
+    assert changed == [[3, 5]]
+
+
+@pytest.mark.parametrize("size", [24, 1040])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_add_norm(size, mixed, gpu_device, compare):
+    normed, weight = torch.randn(5, size, device=gpu_device), torch.rand(size, device=gpu_device)
+    branch, mix = torch.randn(5, 3, size, device=gpu_device), torch.randn(5, 3, device=gpu_device)
+    if not mixed:
+        branch, mix = branch[:, 0].contiguous(), None
+    out = gpu.decoding.add_norm(normed, branch, 1.7, 0.6, weight, 1e-3, mix)
+    added = branch.double() if mix is None else (branch.double() * mix.double()[..., None]).sum(dim=1)
+    x = 1.7 * normed.double() + 0.6 * added
+    truth = x / (x.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt() * weight.double()
+    compare({"out": out.cpu()}, {"out": truth.cpu()}, 1e-5)

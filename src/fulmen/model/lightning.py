@@ -1,14 +1,13 @@
 """The lightning attention layer: packed projection, SiLU, decaying linear attention, norm over all heads, gate."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulmen.model.cache import LightningState
 from fulmen.model.config import ModelConfig
 from fulmen.model.linear import Linear
 from fulmen.model.norm import RMSNorm
-from fulmen.ops.lightning import decay_rates, lightning_attention
+from fulmen.ops.lightning import decay_rates, silu_lightning_attention
 from fulmen.ops.linear import product_dtype
 
 
@@ -47,11 +46,8 @@ class LightningAttention(nn.Module):
     def forward(self, x: Tensor, *, cache: LightningState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, hidden] to the same shape; see `LanguageModel` for the rest."""
         x = x.to(product_dtype(x))  # once for both products
-        q, k, v = F.silu(self.qkv_proj(x)).unflatten(-1, self.heads_shape).unbind(dim=-2)
-        out, state = lightning_attention(
-            q,
-            k,
-            v,
+        out, state = silu_lightning_attention(
+            self.qkv_proj(x).unflatten(-1, self.heads_shape),
             self.rates,
             state=None if cache is None else cache.state,
             cu_seqlens=cu_seqlens,

@@ -19,3 +19,8 @@ def check_borders(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
     if borders[0] != 0 or borders[-1] != length or any(a >= b for a, b in itertools.pairwise(borders)):
         raise ValueError(f"cu_seqlens must rise strictly from 0 to T == {length}, got {borders}")
     return borders
+
+
+def sample_borders(batch: int, length: int, cu_seqlens: Tensor | None) -> list[int]:
+    """The borders of all samples laid end to end: those of a packed row, or of `batch` rows of `length` tokens."""
+    return list(range(0, batch * length + 1, length)) if cu_seqlens is None else cu_seqlens.tolist()

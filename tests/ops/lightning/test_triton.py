@@ -40,15 +40,37 @@ def test_widths(gpu_device, make_case, compare, poisoned_memory, key_dim, value_
 def test_half_precision(gpu_device, make_case, compare):
     # The interpreter multiplies bf16 wrongly; fp16 stands in for it there.
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
-    check(
-        gpu_device,
-        make_case(100, dtype=dtype, key_dim=32, value_dim=32),
-        compare,
-        5e-3,
-        block=32,
-        columns=32,
-        segment=64,
-    )
+    case = make_case(100, dtype=dtype, key_dim=32, value_dim=32)
+    check(gpu_device, case, compare, 5e-3, block=32, columns=32, segment=64)
+
+
+@pytest.mark.parametrize("borders", [None, [0, 1, 30, 95, 96]])
+@pytest.mark.parametrize("segment", [1000, 32])
+def test_silu_on_the_way_in(gpu_device, compare, monkeypatch, poisoned_memory, borders, segment):
+    from fulmen.ops import gpu
+    from fulmen.ops.lightning import decay_rates, silu_lightning_attention, triton
+    from fulmen.ops.lightning.naive import naive_lightning_attention
+
+    monkeypatch.setattr(gpu, "serves", lambda *_: True)
+    monkeypatch.setattr(triton, "_segment_length", lambda *_: segment)
+    samples = 2 if borders is None else len(borders) - 1
+    batch = 2 if borders is None else 1
+    tensors = (torch.randn(batch, 96, 2, 3, 32), torch.randn(samples, 2, 32, 32), torch.randn(batch, 96, 2, 32))
+    cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
+    results = []
+    for is_truth in (False, True):
+        device, dtype = ("cpu", torch.float64) if is_truth else (gpu_device, torch.float32)
+        qkv, state, d_out = (x.to(device, dtype).requires_grad_() for x in tensors)
+        rates = decay_rates(2, 1, 4).to(device)
+        if is_truth:
+            q, k, v = torch.nn.functional.silu(qkv).unbind(3)
+            out, final = naive_lightning_attention(q, k, v, rates, state, cu_seqlens)
+        else:
+            out, final = silu_lightning_attention(qkv, rates, state=state, cu_seqlens=cu_seqlens, return_state=True)
+        d_qkv, d_state = torch.autograd.grad((out * d_out).sum() + final.square().sum(), (qkv, state))
+        named = {"out": out, "final": final, "d_qkv": d_qkv, "d_state": d_state}
+        results.append({name: x.detach().cpu() for name, x in named.items()})
+    compare(*results, 1e-5)
 
 
 def test_nan_stays_in_its_sample(gpu_device, make_case):

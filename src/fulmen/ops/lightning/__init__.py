@@ -10,6 +10,7 @@ import functools
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fulmen.ops import cpu, gpu
@@ -17,7 +18,7 @@ from fulmen.ops.lightning.chunked import chunked_lightning_attention
 from fulmen.ops.lightning.naive import naive_lightning_attention
 from fulmen.ops.packing import check_borders
 
-__all__ = ["decay_rates", "lightning_attention"]
+__all__ = ["decay_rates", "lightning_attention", "silu_lightning_attention"]
 
 
 def _cpu_step(
@@ -110,6 +111,35 @@ def lightning_attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     out, final = BACKENDS[backend](q, k, v, rates, state, cu_seqlens)
     return out, final if return_state else None
+
+
+def silu_lightning_attention(
+    qkv: Tensor,
+    rates: Tensor,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Lightning attention of q, k, v = SiLU(qkv), as MiniMax-01's layers have it (section 2.2; released code).
+
+    Args:
+        qkv: [B, T, H, 3, D], the projections of each head side by side, before their activation.
+
+    The rest as for `lightning_attention`. A GPU's kernel takes SiLU on the way in and its derivative on the way out,
+    so that a training step neither writes SiLU(qkv) nor puts its gradient together.
+    """
+    if qkv.dim() != 5 or qkv.shape[3] != 3:
+        raise ValueError(f"the projections must be qkv [B, T, H, 3, D], got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(3)
+    if qkv.shape[1] > 1 and gpu.serves(qkv) and _why_not_triton(q, v) is None:
+        from fulmen.ops.lightning.triton import triton_silu_lightning_attention
+
+        _check(q, k, v, rates, state, cu_seqlens)
+        out, final = triton_silu_lightning_attention(qkv, rates, state, cu_seqlens)
+        return out, final if return_state else None
+    q, k, v = F.silu(qkv).unbind(3)
+    return lightning_attention(q, k, v, rates, state=state, cu_seqlens=cu_seqlens, return_state=return_state)
 
 
 def _pick(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor | None) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulmen.ops.cpu import training
+from fulmen.ops.packing import sample_borders
 
 # Elements of one operand that a segment of blocks may hold: about what stays in a CPU's outer cache, or fills a GPU.
 SEGMENT_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
@@ -37,7 +38,7 @@ def chunked_lightning_attention(
     """
     batch, length, heads, key_dim = q.shape
     value_dim = v.shape[3]
-    borders = list(range(0, batch * length + 1, length)) if cu_seqlens is None else cu_seqlens.tolist()
+    borders = sample_borders(batch, length, cu_seqlens)
     longest = max(b - a for a, b in itertools.pairwise(borders))
     if block is None:
         block = min(64 if max(key_dim, value_dim) <= 64 else 128, 1 << (longest - 1).bit_length())

@@ -22,7 +22,6 @@ class GraphedSteps:
     def __init__(self, step):
         self.step, self.dtype = step, step.dtype
         self._records: WeakKeyDictionary[Cache, _Record] = WeakKeyDictionary()
-        self._pool = None
 
     def __call__(self, x: Tensor, memories: Sequence[LayerMemory], cache: Cache) -> tuple[Tensor, list[Routing]]:
         """Normed output [B, 1, hidden] and routings for x [B, 1, hidden]; the memories are advanced in place."""
@@ -34,8 +33,7 @@ class GraphedSteps:
             y, routings = record.run(self.step, x, cache.length)
         else:
             if record.graph is None:
-                self._pool = self._pool or torch.cuda.graph_pool_handle()
-                record.capture(self.step, self._pool)
+                record.capture(self.step)
             y, routings = record.replay(x, cache.length)
         return y[:, None], [Routing(*routing, kept=None) for routing in routings]
 
@@ -61,11 +59,11 @@ class _Record:
         result = self._step(step)
         return result.y, result.routings
 
-    def capture(self, step, pool) -> None:
+    def capture(self, step) -> None:
         """Record the launches, without running them."""
         self.graph = torch.cuda.CUDAGraph()
         # Another thread may allocate meanwhile.
-        recording = torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local")
+        recording = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
         with torch.inference_mode(False), torch.no_grad(), recording:
             y, _, routings = self._step(step)
             self.outputs = (y, *(torch.stack(tensors) for tensors in zip(*routings, strict=True)))

@@ -46,7 +46,7 @@ def test_half_precision(gpu_device, make_case, compare):
 
 @pytest.mark.parametrize("borders", [None, [0, 1, 30, 95, 96]])
 @pytest.mark.parametrize("segment", [1000, 32])
-def test_silu_on_the_way_in(gpu_device, compare, monkeypatch, poisoned_memory, borders, segment):
+def test_silu_of_projections(gpu_device, compare, monkeypatch, poisoned_memory, borders, segment):
     from fulmen.ops import gpu
     from fulmen.ops.lightning import decay_rates, silu_lightning_attention, triton
     from fulmen.ops.lightning.naive import naive_lightning_attention

@@ -43,7 +43,7 @@ def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
     if device == "cpu" and len(x) <= FEW and routing.kept is None and not torch.is_grad_enabled():
         return few_tokens_mlp(x.to(dtype), w13.to(dtype), w2.to(dtype), routing).to(x.dtype)
     with torch.autocast(device, enabled=False):
-        out = _ExpertsMLP.apply(x.to(dtype), w13.to(dtype), w2.to(dtype), routing.weights, _plan(routing, dtype))
+        out = gpu.apply(_ExpertsMLP, x.to(dtype), w13.to(dtype), w2.to(dtype), routing.weights, _plan(routing, dtype))
     return out.to(x.dtype)
 
 

@@ -27,6 +27,21 @@ def serves(*tensors: Tensor) -> bool:
     return all(tensor.is_cuda and tensor.dtype in DTYPES and tensor.numel() for tensor in tensors)
 
 
+def apply(function: type[torch.autograd.Function], *arguments):
+    """`function.apply`, or its forward pass alone where nobody records: recording costs the host as much as a launch."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_Nobody(), *arguments)
+
+
+class _Nobody:
+    """The context of a forward pass without a backward pass."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+
 def __getattr__(name: str):
     """The modules with kernels, imported when first used: Triton takes a second, and need not be installed."""
     if name in MODULES:

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fulmen.ops.gpu import apply
+
 ALIGN = 8
 """Each expert's rows begin at a multiple of so many, as PyTorch's grouped products ask (16 bytes of bf16)."""
 
@@ -23,7 +25,7 @@ CHOICES = 128
 
 def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Experts [T, k] int64, weights [T, k] fp32 and probabilities [T, E] fp32 of `fulmen.ops.experts.route`."""
-    return _Route.apply(logits, k)
+    return apply(_Route, logits, k)
 
 
 class _Route(torch.autograd.Function):

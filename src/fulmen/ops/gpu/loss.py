@@ -18,14 +18,14 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
     rows, size = logits.shape
     nll = torch.empty(rows, dtype=torch.float32, device=logits.device)
     width = min(WIDTH, triton.next_power_of_2(size))
-    _kernel[(rows,)](
+    _cross_entropy_kernel[(rows,)](
         logits, targets.contiguous(), nll, size, ignore, WIDTH=width, num_warps=min(16, max(1, width // 256))
     )
     return nll
 
 
 @triton.jit
-def _kernel(p_logits, p_targets, p_nll, size, ignore, WIDTH: tl.constexpr):
+def _cross_entropy_kernel(p_logits, p_targets, p_nll, size, ignore, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(p_targets + row)
     p_row, i = p_logits + row * size, tl.arange(0, WIDTH)

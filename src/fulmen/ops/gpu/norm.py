@@ -6,13 +6,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fulmen.ops.gpu import apply
+
 PARTS = 512
 """Programs of the backward pass, each with its own sum of the weight's gradient: the order of the sum is fixed."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
     """See `fulmen.ops.norm.rms_norm`; x and gate [..., D], weight [D]."""
-    return _RMSNorm.apply(x, weight, eps, gate)
+    return apply(_RMSNorm, x, weight, eps, gate)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ class _RMSNorm(torch.autograd.Function):
         y, inverse = x.new_empty(rows, size), x.new_empty(rows, dtype=torch.float32)
         width = triton.next_power_of_2(size)
         strides = (x.stride(0), 0 if gate is None else gate.stride(0))
-        _forward_kernel[(rows,)](
+        _rms_norm_kernel[(rows,)](
             x,
             gate,
             weight,
@@ -59,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
         parts, width = min(PARTS, rows), triton.next_power_of_2(size)
         d_weight = torch.empty(parts, size, dtype=torch.float32, device=x.device)
         strides = (x.stride(0), 0 if gate is None else gate.stride(0), d_y.stride(0))
-        _backward_kernel[(parts,)](
+        _rms_norm_backward_kernel[(parts,)](
             x, gate, weight, inverse, d_y, d_x, d_gate, d_weight, *strides, rows, size,
             GATED=gate is not None, WIDTH=width, num_warps=_warps(width),
         )  # fmt: skip
@@ -68,7 +70,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 @triton.jit
-def _forward_kernel(
+def _rms_norm_kernel(
     p_x, p_gate, p_weight, p_y, p_inverse, x_row, gate_row, size, eps, GATED: tl.constexpr, WIDTH: tl.constexpr
 ):
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
@@ -83,7 +85,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _rms_norm_backward_kernel(
     p_x, p_gate, p_weight, p_inverse, p_d_y, p_d_x, p_d_gate, p_d_weight, x_row, gate_row, d_y_row, rows, size,
     GATED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip

@@ -6,10 +6,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fulmen.ops.gpu import apply
+
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `fulmen.ops.rotary.apply_rotary`; x [B, T, H, D], tables [B or 1, T, rotary_dim / 2] fp32."""
-    return _Rotary.apply(x, cos.contiguous(), sin.contiguous())
+    return apply(_Rotary, x, cos.contiguous(), sin.contiguous())
 
 
 class _Rotary(torch.autograd.Function):
@@ -30,14 +32,14 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     y, half = torch.empty_like(x, memory_format=torch.contiguous_format), cos.shape[-1]
     table = cos.stride(0) if len(cos) > 1 else 0
     tile = (triton.next_power_of_2(heads), triton.next_power_of_2(size))
-    _kernel[(length, batch)](
+    _rotary_kernel[(length, batch)](
         x, cos, sin, y, *x.stride()[:3], table, length, heads, size, half, BACK=back, HEADS=tile[0], WIDTH=tile[1]
     )
     return y
 
 
 @triton.jit
-def _kernel(
+def _rotary_kernel(
     p_x, p_cos, p_sin, p_y, x_batch, x_token, x_head, table, length, heads, size, half,
     BACK: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip

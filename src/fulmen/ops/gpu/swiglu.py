@@ -14,7 +14,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, size = len(gate_up), gate_up.shape[1] // 2
     act, width = gate_up.new_empty(rows, size), min(MOST, triton.next_power_of_2(size))
-    _forward_kernel[(rows, triton.cdiv(size, width))](gate_up, act, size, WIDTH=width)
+    _swiglu_kernel[(rows, triton.cdiv(size, width))](gate_up, act, size, WIDTH=width)
     return act
 
 
@@ -25,12 +25,12 @@ def swiglu_backward(d_act: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Te
     d_gate_up, weighted = torch.empty_like(gate_up), torch.empty_like(d_act)
     d_weights = torch.empty(rows, dtype=torch.float32, device=d_act.device)
     width = min(MOST, triton.next_power_of_2(size))
-    _backward_kernel[(rows,)](d_act, gate_up, weights, d_gate_up, weighted, d_weights, size, WIDTH=width)
+    _swiglu_backward_kernel[(rows,)](d_act, gate_up, weights, d_gate_up, weighted, d_weights, size, WIDTH=width)
     return d_gate_up, weighted, d_weights
 
 
 @triton.jit
-def _forward_kernel(p_gate_up, p_act, size, WIDTH: tl.constexpr):
+def _swiglu_kernel(p_gate_up, p_act, size, WIDTH: tl.constexpr):
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     ok = i < size
     gate = tl.load(p_gate_up + row * 2 * size + i, mask=ok, other=0.0).to(tl.float32)
@@ -39,7 +39,9 @@ def _forward_kernel(p_gate_up, p_act, size, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(p_d_act, p_gate_up, p_weights, p_d_gate_up, p_weighted, p_d_weights, size, WIDTH: tl.constexpr):
+def _swiglu_backward_kernel(
+    p_d_act, p_gate_up, p_weights, p_d_gate_up, p_weighted, p_d_weights, size, WIDTH: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(p_weights + row).to(tl.float32)
     d_weight = tl.zeros((WIDTH,), dtype=tl.float32)

@@ -126,8 +126,8 @@ def silu_lightning_attention(
     Args:
         qkv: [B, T, H, 3, D], the projections of each head side by side, before their activation.
 
-    The rest as for `lightning_attention`. A GPU's kernel takes SiLU on the way in and its derivative on the way out,
-    so that a training step neither writes SiLU(qkv) nor puts its gradient together.
+    The rest as for `lightning_attention`. Where the GPU's kernel runs, training keeps qkv alone, not its SiLU, and the
+    kernel writes the gradients of q, k and v side by side, so that nobody need put them together.
     """
     if qkv.dim() != 5 or qkv.shape[3] != 3:
         raise ValueError(f"the projections must be qkv [B, T, H, 3, D], got {tuple(qkv.shape)}")

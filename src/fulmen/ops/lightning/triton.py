@@ -1,8 +1,7 @@
 """Lightning attention on a GPU: one Triton kernel that walks the tokens once, for outputs and all gradients.
 
 With `scan(a, b, c)` for the recurrence of keys b, values c and queries a, the forward pass is scan(q, k, v), and so are
-its gradients: dq = scan(do, v, k), and from the last token to the first dk = scan(v, do, q), dv = scan(k, q, do). SiLU
-of q, k and v may be taken on the way in, and its derivative on the way out of the gradients.
+its gradients: dq = scan(do, v, k), and from the last token to the first dk = scan(v, do, q), dv = scan(k, q, do).
 Letters: N samples cut into M segments, H heads, K and V the widths of a, b and of c, C tokens of a block.
 """
 
@@ -11,12 +10,13 @@ import itertools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fulmen.ops.gpu import DTYPES
+from fulmen.ops.gpu import DTYPES, apply
 from fulmen.ops.packing import sample_borders
 
 WIDTHS = (32, 64, 96, 128, 256)
@@ -54,19 +54,25 @@ def triton_lightning_attention(
     tiling = tiling or default_tiling(q.dtype, q.shape[3], v.shape[3])
     segments = _segments(batch, length, heads, v.shape[3], cu_seqlens, tiling, segment, q.device)
     flat = [_rows(x.reshape(batch * length, heads, -1)) for x in (q, k, v)]
-    out, final = _Lightning.apply(rates.contiguous(), state, segments, tiling, False, *flat)
+    out, final = apply(_Lightning, rates.contiguous(), state, segments, tiling, False, *flat)
     return out.view(batch, length, heads, -1), final
 
 
 def triton_silu_lightning_attention(
-    qkv: Tensor, rates: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    qkv: Tensor,
+    rates: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    tiling: Tiling | None = None,
+    segment: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same of SiLU(qkv) [B, T, H, 3, D], which is never written; see `silu_lightning_attention`."""
+    """The same of q, k, v = SiLU(qkv) [B, T, H, 3, D], whose gradient is put together in place."""
     batch, length, heads, _, size = qkv.shape
-    tiling = default_tiling(qkv.dtype, size, size)
-    segments = _segments(batch, length, heads, size, cu_seqlens, tiling, None, qkv.device)
+    tiling = tiling or default_tiling(qkv.dtype, size, size)
+    segments = _segments(batch, length, heads, size, cu_seqlens, tiling, segment, qkv.device)
     flat = qkv.reshape(batch * length, heads, 3, size)
-    out, final = _Lightning.apply(rates.contiguous(), state, segments, tiling, True, flat)
+    out, final = apply(_Lightning, rates.contiguous(), state, segments, tiling, True, flat)
     return out.view(batch, length, heads, size), final
 
 
@@ -137,18 +143,18 @@ class Segments(NamedTuple):
 
 
 class _Lightning(torch.autograd.Function):
-    """Of q, k, v [T, H, D], or with `silu` of one tensor [T, H, 3, D], whose gradient is one tensor then too."""
+    """Of q, k, v [T, H, D], or with `silu` of SiLU of one tensor [T, H, 3, D], which alone is kept then."""
 
     @staticmethod
     def forward(ctx, rates, initial, segments: Segments, tiling: Tiling, silu: bool, *inputs: Tensor):
         scan = _Scan(rates, segments, tiling)
-        q, k, v = inputs[0].unbind(2) if silu else inputs
-        entering, final = _entering(scan, k, v, initial, reverse=False, silu=(silu, silu))
+        q, k, v = F.silu(inputs[0]).unbind(2) if silu else inputs
+        entering, final = _entering(scan, k, v, initial, reverse=False)
         last = None
         if final is None:
             last = final = _new_states(segments.samples[1:], k, v)
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        scan(out, q, k, v, entering, last, silu=(silu, silu, silu))
+        scan(out, q, k, v, entering, last)
         ctx.save_for_backward(rates, entering, *inputs)
         ctx.segments, ctx.tiling, ctx.silu, ctx.has_initial = segments, tiling, silu, initial is not None
         return out, final
@@ -157,32 +163,32 @@ class _Lightning(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out: Tensor, d_final: Tensor):
         rates, entering, *inputs = ctx.saved_tensors
-        scan, on = _Scan(rates, ctx.segments, ctx.tiling), ctx.silu
-        q, k, v = inputs[0].unbind(2) if on else inputs
+        scan = _Scan(rates, ctx.segments, ctx.tiling)
+        q, k, v = F.silu(inputs[0]).unbind(2) if ctx.silu else inputs
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-        d_q, d_k, d_v = grads[0].unbind(2) if on else grads
+        d_q, d_k, d_v = grads[0].unbind(2) if ctx.silu else grads
         d_out, d_final = _rows(d_out), d_final.contiguous()
-        leaving, d_initial = _entering(scan, q, d_out, d_final, reverse=True, silu=(on, False))
+        leaving, d_initial = _entering(scan, q, d_out, d_final, reverse=True)
         last = None
         if d_initial is None and ctx.has_initial:
             last = d_initial = torch.empty_like(d_final)
-        swapped = None if entering is None else entering.mT
-        raw = (q, k, v) if on else (None, None, None)
-        scan(d_q, d_out, v, k, swapped, None, silu=(False, on, on), raw=raw[0])
-        scan(d_k, v, d_out, q, leaving.mT, None, silu=(on, False, on), raw=raw[1], reverse=True)
-        scan(d_v, k, q, d_out, leaving, last, silu=(on, on, False), raw=raw[2], reverse=True)
+        scan(d_q, d_out, v, k, None if entering is None else entering.mT, None)
+        scan(d_k, v, d_out, q, leaving.mT, None, reverse=True)
+        scan(d_v, k, q, d_out, leaving, last, reverse=True)
+        if ctx.silu:
+            grads = [torch.ops.aten.silu_backward(grads[0], inputs[0])]
         return None, d_initial if ctx.has_initial else None, None, None, None, *grads
 
 
 def _entering(
-    scan: "_Scan", b: Tensor, c: Tensor, initial: Tensor | None, *, reverse: bool, silu: tuple[bool, bool]
+    scan: "_Scan", b: Tensor, c: Tensor, initial: Tensor | None, *, reverse: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The state that each segment begins with, and each sample's last; None for the last if no extra pass found it."""
     segments, initial = scan.segments, None if initial is None else initial.contiguous()
     if segments.is_whole:
         return initial, None
     local = _new_states(segments.ranges, b, c)
-    scan(None, None, b, c, None, local, silu=(False, *silu), reverse=reverse)
+    scan(None, None, b, c, None, local, reverse=reverse)
     final = _new_states(segments.samples[1:], b, c)
     heads, size = len(scan.rates), local[0, 0].numel()
     grid = (len(final) * heads, triton.cdiv(size, 1024))
@@ -210,24 +216,18 @@ class _Scan(NamedTuple):
         entering: Tensor | None,
         final: Tensor | None,
         *,
-        silu: tuple[bool, bool, bool],
-        raw: Tensor | None = None,
         reverse: bool = False,
     ) -> None:
-        """scan(a, b, c) into `out` [T, H, V] if there is one, the states at last into `final` [M, H, K, V] if wanted.
-
-        `silu` says of which of a, b, c SiLU is taken; `out` is multiplied by SiLU's derivative at `raw`.
-        """
+        """scan(a, b, c) into `out` [T, H, V] if there is one, the states at last into `final` [M, H, K, V] if wanted."""
         heads, keys, values = b.shape[1], b.shape[2], c.shape[2]
         columns = min(self.tiling.columns, triton.next_power_of_2(values))
         grid = (triton.cdiv(values, columns), heads, len(self.segments.ranges))
         _scan_kernel[grid](
-            a, b, c, raw, out, self.rates, entering, final, self.segments.ranges,
-            *(stride for x in (a, b, c, raw, out) for stride in ((0, 0) if x is None else x.stride()[:2])),
+            a, b, c, out, self.rates, entering, final, self.segments.ranges,
+            *(stride for x in (a, b, c, out) for stride in ((0, 0) if x is None else x.stride()[:2])),
             *(stride for x in (entering, final) for stride in ((0, 0, 0, 0) if x is None else x.stride())),
             K=keys, V=values, BLOCK_K=triton.next_power_of_2(keys), COLUMNS=columns, C=self.tiling.block,
-            HAS_OUT=out is not None, HAS_RAW=raw is not None, HAS_ENTERING=entering is not None,
-            HAS_FINAL=final is not None, SILU_A=silu[0], SILU_B=silu[1], SILU_C=silu[2], REVERSE=reverse,
+            HAS_OUT=out is not None, HAS_ENTERING=entering is not None, HAS_FINAL=final is not None, REVERSE=reverse,
             PRECISION="ieee" if b.dtype == torch.float32 else "tf32",
             STAGES=self.tiling.stages, num_warps=self.tiling.warps,
         )  # fmt: skip
@@ -242,21 +242,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _silu(x, ON: tl.constexpr):
-    if ON:
-        x_f32 = x.to(tl.float32)
-        x = (x_f32 * tl.sigmoid(x_f32)).to(x.dtype)
-    return x
-
-
-@triton.jit
 def _scan_kernel(
-    p_a, p_b, p_c, p_raw, p_out, p_rates, p_entering, p_final, p_ranges,
-    a_token, a_head, b_token, b_head, c_token, c_head, raw_token, raw_head, out_token, out_head,
+    p_a, p_b, p_c, p_out, p_rates, p_entering, p_final, p_ranges,
+    a_token, a_head, b_token, b_head, c_token, c_head, out_token, out_head,
     entering_m, entering_h, entering_k, entering_v, final_m, final_h, final_k, final_v,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr,
-    HAS_OUT: tl.constexpr, HAS_RAW: tl.constexpr, HAS_ENTERING: tl.constexpr, HAS_FINAL: tl.constexpr,
-    SILU_A: tl.constexpr, SILU_B: tl.constexpr, SILU_C: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_OUT: tl.constexpr, HAS_ENTERING: tl.constexpr, HAS_FINAL: tl.constexpr, REVERSE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One segment, one head, some columns of c and the state: block after block with the state in registers."""
@@ -284,19 +275,14 @@ def _scan_kernel(
         at_b = token[:, None] * b_token + i_h * b_head + i_k[None, :]
         at_c = token[:, None] * c_token + i_h * c_head + i_v[None, :]
         ok_b, ok_c = real[:, None] & ok_k[None, :], real[:, None] & ok_v[None, :]
-        b_b = _silu(tl.load(p_b + at_b, mask=ok_b, other=0.0), SILU_B)
-        b_c = _silu(tl.load(p_c + at_c, mask=ok_c, other=0.0), SILU_C)
+        b_b = tl.load(p_b + at_b, mask=ok_b, other=0.0)
+        b_c = tl.load(p_c + at_c, mask=ok_c, other=0.0)
         if HAS_OUT:
             at_a = token[:, None] * a_token + i_h * a_head + i_k[None, :]
-            b_a = _silu(tl.load(p_a + at_a, mask=ok_b, other=0.0), SILU_A)
+            b_a = tl.load(p_a + at_a, mask=ok_b, other=0.0)
             b_out = tl.dot(b_a, state.to(b_a.dtype), input_precision=PRECISION) * on_entry[:, None]
             scores = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION) * inside
             b_out = tl.dot(scores.to(b_c.dtype), b_c, b_out, input_precision=PRECISION)
-            if HAS_RAW:
-                at_raw = token[:, None] * raw_token + i_h * raw_head + i_v[None, :]
-                x = tl.load(p_raw + at_raw, mask=ok_c, other=0.0).to(tl.float32)
-                open_ = tl.sigmoid(x)
-                b_out *= open_ + x * open_ * (1 - open_)
             at_out = token[:, None] * out_token + i_h * out_head + i_v[None, :]
             tl.store(p_out + at_out, b_out.to(p_out.dtype.element_ty), mask=ok_c)
         size = tl.minimum(end - begin - start, C)

@@ -16,7 +16,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)       ## training and decoding on this CPU beside transformers
-	$(BIN)/python bench/cpu.py
+	$(BIN)/fulmen bench cpu
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

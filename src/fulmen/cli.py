@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generation(verbs)
     _add_checkpoints(verbs)
     _add_marl(verbs)
+    _add_bench(verbs)
     return parser
 
 
@@ -373,6 +374,30 @@ def _load_generator(arguments: argparse.Namespace):
 
     device = choose_device(arguments.device)
     return TextGenerator.load(arguments.path, device=device, dtype=getattr(torch, arguments.dtype))
+
+
+def _add_bench(verbs) -> None:
+    from fulmen.bench import NAMES
+
+    width = max(map(len, NAMES))
+    parser = _verb(
+        verbs,
+        "bench",
+        _bench,
+        "time ours beside every peer that is installed",
+        "fulmen bench lightning --json lightning.json\n\nbenchmarks:\n"
+        + "\n".join(f"  {name:<{width}}  {text}" for name, text in NAMES.items()),
+    )
+    parser.add_argument("name", choices=NAMES, metavar="NAME", help="one of those below")
+    parser.add_argument("--only", metavar="TABLE", help="one of its tables instead of all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and numbers there")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from fulmen.bench import run
+
+    run(arguments.name, arguments.only, arguments.json)
+    return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:

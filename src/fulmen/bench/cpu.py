@@ -1,14 +1,10 @@
 """Training and decoding of the quickstart model on this CPU, beside transformers' MiniMax with the same weights.
 
-    python bench/cpu.py                 all tables; results in bench/results/cpu.json
-    python bench/cpu.py --only decode   one of train, decode, memory
-
 Steps of both alternate, and with the matrix product that shares are of, so that a machine whose speed drifts slows
 all of them; ratios are of one turn, and the median of all turns is printed.
 Nothing is timed before the logits of both agree.
 """
 
-import argparse
 import re
 import statistics
 import subprocess
@@ -26,40 +22,22 @@ from transformers import MiniMaxForCausalLM
 from transformers.utils import logging
 
 from fulmen.checkpoint import save_model
+from fulmen.config import UserError
 from fulmen.model import LanguageModel, ModelConfig
 from fulmen.ops.lightning import decay_rates, lightning_attention
-from fulmen.run.machine import describe_machine
 from fulmen.run.memory import keep_freed_memory
-from record import write_results
 
 BATCH, LENGTH = 8, 512
 PROMPT, STEPS = 64, 64
+REPEATS = 15  # of timed turns
 MATRIX = 2048
 MATRIX_FLOP = 2 * MATRIX**3
 CONSOLE = Console()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("train", "decode", "memory"), help="one table instead of all")
-    parser.add_argument("--repeats", type=int, default=15, help="pairs of timed steps (default: 15)")
-    parser.add_argument("--memory-of", metavar="T", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.memory_of:
-        print(peak_memory_here(arguments.memory_of))
-        return
-    logging.set_verbosity_error()
-    machine = describe_machine("transformers") | {"threads": torch.get_num_threads()}
-    CONSOLE.print(" ".join(f"{key}={value}" for key, value in machine.items()), highlight=False)
-    tables = {"train": bench_train, "decode": bench_decode, "memory": bench_memory}
-    chosen = [arguments.only] if arguments.only else list(tables)
-    results = {name: tables[name](arguments.repeats) for name in chosen}
-    if not arguments.only:
-        CONSOLE.print(f"written to {write_results('cpu', machine, results)}")
-
-
-def bench_train(repeats: int) -> dict:
+def bench_train() -> dict:
     """One optimizer step on 8 x 512 tokens, in fp32 and under bf16 autocast."""
+    logging.set_verbosity_error()
     keep_freed_memory()  # as `fulmen train` does; it is the process', so transformers has it too
     config = ModelConfig.preset("tiny")
     flops = training_flops(config)
@@ -69,7 +47,7 @@ def bench_train(repeats: int) -> dict:
         ours, theirs = equal_models(config)
         tokens = torch.randint(0, config.vocab_size, (BATCH, LENGTH + 1))
         our_step, their_step = our_training_step(ours, tokens, dtype), their_training_step(theirs, tokens, dtype)
-        turns = time_turns((our_step, their_step, matrix_product(dtype)), repeats, f"train {dtype}")
+        turns = time_turns((our_step, their_step, matrix_product(dtype)), REPEATS, f"train {dtype}")
         our_rate, their_rate = (
             BATCH * LENGTH / statistics.median(times) for times in list(zip(*turns, strict=True))[:2]
         )
@@ -96,7 +74,7 @@ def bench_train(repeats: int) -> dict:
     return results
 
 
-def bench_decode(repeats: int) -> dict:
+def bench_decode() -> dict:
     """Greedy decoding from a short prompt, one token of each sequence a step."""
     config = ModelConfig.preset("tiny")
     table = Table("dtype", "batch", "ours tokens/s", "ms a step", "theirs", "ms a step", "ratio")
@@ -106,7 +84,7 @@ def bench_decode(repeats: int) -> dict:
         for batch in (1, 16):
             prompt = torch.randint(0, config.vocab_size, (batch, PROMPT))
             both = (our_decoding(ours, prompt), their_decoding(theirs, prompt))
-            pairs = time_turns(both, max(3, repeats // 3), f"decode B={batch}")
+            pairs = time_turns(both, max(3, REPEATS // 3), f"decode B={batch}")
             our_step, their_step = (statistics.median(times) / STEPS for times in zip(*pairs, strict=True))
             row = {
                 "ours_tokens_per_second": batch / our_step,
@@ -128,12 +106,12 @@ def bench_decode(repeats: int) -> dict:
     return results
 
 
-def bench_memory(repeats: int) -> dict:
+def bench_memory() -> dict:
     """Peak memory that forward and backward of chunked lightning attention add, each length in its own process."""
     table = Table("tokens", "peak MB added", "q, k, v, out and gradients", "every state")
     results = {}
     for length in (8192, 65536):
-        command = [sys.executable, __file__, "--memory-of", str(length)]
+        command = [sys.executable, "-m", "fulmen.bench.cpu", str(length)]
         peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         tensors, states = 8 * length * 4 * 64 * 4, length * 4 * 64 * 64 * 4
         results[str(length)] = {"peak_bytes": peak, "tensor_bytes": tensors, "every_state_bytes": states}
@@ -154,7 +132,7 @@ def equal_models(config: ModelConfig) -> tuple[LanguageModel, MiniMaxForCausalLM
     with torch.no_grad():
         difference = (ours(tokens) - theirs.eval()(tokens).logits).abs().max().item()
     if not difference < 1e-4:
-        sys.exit(f"the logits of both differ by {difference:.2g}: nothing is timed")
+        raise UserError(f"the logits of both differ by {difference:.2g}, so nothing is timed")
     return ours, theirs
 
 
@@ -274,5 +252,7 @@ def peak_memory_here(length: int) -> int:
     return peak() - before
 
 
+TABLES = {"train": bench_train, "decode": bench_decode, "memory": bench_memory}
+
 if __name__ == "__main__":
-    main()
+    print(peak_memory_here(int(sys.argv[1])))

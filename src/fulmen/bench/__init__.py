@@ -1,0 +1,48 @@
+"""`fulmen bench`: ours beside every peer that is installed, checked before it is timed.
+
+Each module has `TABLES`, functions by name, each of which prints a table and gives back its numbers. Peers are
+optional; times of one table are of one run on one machine, and only their ratios should be compared with anything.
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+from fulmen.config import UserError
+
+NAMES = {
+    "lightning": "lightning attention, forward and backward (a GPU)",
+    "decode": "the next token's kernel over slots of a pool (a GPU)",
+    "experts": "the mixture of experts beside its bare products (a GPU)",
+    "model": "prefill and decoding of a whole model (a GPU)",
+    "train": "training steps against the samples' length (a GPU)",
+    "cpu": "training and decoding of the quickstart model on this CPU",
+}
+PEERS = ("transformers", "triton", "fla-core", "lightning-attn")
+
+
+def run(name: str, only: str | None = None, path: Path | None = None) -> None:
+    """Print the tables of a benchmark, or the one named `only`; write machine and numbers to `path` as JSON.
+
+    Raises UserError for a GPU's benchmark without a GPU, a table that there is not, and results that are wrong.
+    """
+    import torch
+
+    from fulmen.run.files import write_atomic
+    from fulmen.run.machine import describe_machine
+
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"fulmen bench {name} needs a CUDA device, and there is none; fulmen bench cpu does not")
+    try:
+        tables = importlib.import_module(f"fulmen.bench.{name}").TABLES
+    except ModuleNotFoundError as error:
+        raise UserError(f"fulmen bench {name} needs the package {error.name}") from None
+    if only is not None and only not in tables:
+        raise UserError(f"fulmen bench {name} has no table {only!r}; there are {', '.join(tables)}")
+    machine = describe_machine(*PEERS, device="cpu" if name == "cpu" else "cuda")
+    print(" ".join(f"{key}={value}" for key, value in machine.items()), flush=True)
+    results = {}
+    for table in tables if only is None else (only,):
+        results[table] = tables[table]()
+        if path is not None:  # after each, so that a table that fails does not take the others along
+            write_atomic(path, json.dumps({"machine": machine} | results, indent=2) + "\n")

@@ -218,7 +218,7 @@ class _Scan(NamedTuple):
         *,
         reverse: bool = False,
     ) -> None:
-        """scan(a, b, c) into `out` [T, H, V] if there is one, the states at last into `final` [M, H, K, V] if wanted."""
+        """scan(a, b, c) into `out` [T, H, V] if there is one, the states at last into `final` [M, H, K, V] likewise."""
         heads, keys, values = b.shape[1], b.shape[2], c.shape[2]
         columns = min(self.tiling.columns, triton.next_power_of_2(values))
         grid = (triton.cdiv(values, columns), heads, len(self.segments.ranges))

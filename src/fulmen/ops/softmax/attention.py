@@ -5,6 +5,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from fulmen.ops.packing import check_borders
 from fulmen.ops.softmax.short import is_short, short_samples_attention
@@ -45,8 +46,15 @@ def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     query_len, key_len = q.shape[1], k.shape[1]
     mask = None
     if 1 < query_len < key_len:
-        mask = torch.ones(query_len, key_len, dtype=torch.bool, device=q.device).tril(key_len - query_len)
+        mask = _continuing(query_len, key_len, q)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     causal = mask is None and query_len > 1
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
+
+
+def _continuing(query_len: int, key_len: int, q: Tensor) -> Tensor:
+    """The causal mask of queries that are the last of the keys' tokens."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return causal_lower_right(query_len, key_len)  # never written out
+    return torch.ones(query_len, key_len, dtype=torch.bool, device=q.device).tril(key_len - query_len)

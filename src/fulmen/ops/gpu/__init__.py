@@ -28,7 +28,7 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *arguments):
-    """`function.apply`, or where nobody records its forward pass alone: recording costs the host as much as a launch."""
+    """`function.apply`, or where nobody records its forward pass alone: recording costs as much as a launch."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(_Nobody(), *arguments)

@@ -1,6 +1,5 @@
 """What the benchmarks of a GPU share: how it is timed, what it can do at most, and one way to print a row."""
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -71,7 +70,3 @@ def show(line: dict) -> dict:
     parts = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items())
     print("  " + " | ".join(parts), flush=True)
     return line
-
-
-def pairs(borders: list[int]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(borders))

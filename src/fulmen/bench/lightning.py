@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 
-from fulmen.bench.gpu import copy_rate, milliseconds, pairs, peak_bytes, relative_error, require, show
+from fulmen.bench.gpu import copy_rate, milliseconds, peak_bytes, relative_error, require, show
 from fulmen.ops.lightning import decay_rates
 from fulmen.ops.lightning.chunked import chunked_lightning_attention
 from fulmen.ops.lightning.triton import Tiling, triton_lightning_attention
@@ -109,7 +109,7 @@ def lightning2(leaves: list[Tensor], rates: Tensor):
 
 def softmax(leaves: list[Tensor], borders: Tensor | None):
     """Causal softmax attention through cuDNN; with borders, sample after sample."""
-    cuts = pairs([0, leaves[0].shape[1]] if borders is None else borders.tolist())
+    cuts = list(itertools.pairwise([0, leaves[0].shape[1]] if borders is None else borders.tolist()))
 
     def call() -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

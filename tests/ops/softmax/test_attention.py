@@ -107,3 +107,16 @@ def test_refused(q, k, borders, message):
     cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         softmax_attention(torch.zeros(q), torch.zeros(k), torch.zeros(k), cu_seqlens)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: a CPU writes the mask out, which is tested above"
+)
+@pytest.mark.parametrize("heads", [2, 8])
+def test_a_prompts_later_pieces_on_a_gpu(heads):
+    q = torch.randn(2, 100, heads, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 2, 300, 2, 64, device="cuda", dtype=torch.bfloat16)
+    truth = naive_softmax_attention(q.double(), k.double(), v.double(), None)
+    error = (softmax_attention(q, k, v).double() - truth).norm() / truth.norm()
+    assert error < 5e-3

@@ -5,11 +5,11 @@ What `fulmen.ops.cpu.step` is to a CPU: this module knows tensors, `fulmen.model
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fulmen.ops import gpu
 from fulmen.ops.cpu.step import LayerMemory, StepLayer, StepResult, StepShape
+from fulmen.ops.linear import linear_f32
 
 
 class Step:
@@ -59,12 +59,7 @@ class Step:
     def _experts(self, x: Tensor, layer: StepLayer) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """What `route` gives, and each choice's answer [B, k, hidden]."""
         w = layer.tensors
-        router = w["w_router"]
-        logits = (
-            x @ router.T
-            if x.dtype == torch.float32 or not x.is_cuda
-            else torch.mm(x, router.T, out_dtype=torch.float32)
-        )
+        logits = linear_f32(x, w["w_router"])
         experts, weights, probs = gpu.experts.route(logits, self.shape.k)
         counts = gpu.experts.count_choices(experts, self.shape.num_experts)
         return (experts, weights, probs, counts), gpu.decoding.experts_mlp(x, w["w13"], w["w2"], experts)

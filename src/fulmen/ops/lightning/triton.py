@@ -50,30 +50,39 @@ def triton_lightning_attention(
     refusal = why_not(q, v)
     if refusal is not None:
         raise ValueError(f'backend "triton" {refusal}')
-    batch, length, heads, _ = q.shape
-    tiling = tiling or default_tiling(q.dtype, q.shape[3], v.shape[3])
-    segments = _segments(batch, length, heads, v.shape[3], cu_seqlens, tiling, segment, q.device)
-    flat = [_rows(x.reshape(batch * length, heads, -1)) for x in (q, k, v)]
-    out, final = apply(_Lightning, rates.contiguous(), state, segments, tiling, False, *flat)
-    return out.view(batch, length, heads, -1), final
+    shape, values = q.shape[:3], v.shape[3]
+    tiling = tiling or default_tiling(q.dtype, q.shape[3], values)
+    flat = [_rows(x.reshape(-1, *x.shape[2:])) for x in (q, k, v)]
+    return _attend(flat, shape, values, rates, state, cu_seqlens, tiling, segment)
 
 
 def triton_silu_lightning_attention(
-    qkv: Tensor,
+    qkv: Tensor, rates: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same of q, k, v = SiLU(qkv) [B, T, H, 3, D], whose gradient is put together in place."""
+    size = qkv.shape[4]
+    flat = [qkv.reshape(-1, *qkv.shape[2:])]
+    return _attend(flat, qkv.shape[:3], size, rates, state, cu_seqlens, default_tiling(qkv.dtype, size, size), None)
+
+
+def _attend(
+    flat: list[Tensor],
+    shape: torch.Size,
+    values: int,
     rates: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
-    *,
-    tiling: Tiling | None = None,
-    segment: int | None = None,
+    tiling: Tiling,
+    segment: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same of q, k, v = SiLU(qkv) [B, T, H, 3, D], whose gradient is put together in place."""
-    batch, length, heads, _, size = qkv.shape
-    tiling = tiling or default_tiling(qkv.dtype, size, size)
-    segments = _segments(batch, length, heads, size, cu_seqlens, tiling, segment, qkv.device)
-    flat = qkv.reshape(batch * length, heads, 3, size)
-    out, final = apply(_Lightning, rates.contiguous(), state, segments, tiling, True, flat)
-    return out.view(batch, length, heads, size), final
+    """Of the tokens of all samples laid end to end: q, k, v, or their one tensor before SiLU; shape is [B, T, H]."""
+    batch, length, heads = shape
+    borders = tuple(sample_borders(batch, length, cu_seqlens))
+    if segment is None:
+        segment = _segment_length(borders, heads * triton.cdiv(values, tiling.columns), flat[0].device)
+    segments = Segments.cut(borders, segment, flat[0].device)
+    out, final = apply(_Lightning, rates.contiguous(), state, segments, tiling, *flat)
+    return out.view(*shape, values), final
 
 
 def why_not(q: Tensor, v: Tensor) -> str | None:
@@ -95,22 +104,6 @@ def default_tiling(dtype: torch.dtype, key_dim: int, value_dim: int) -> Tiling:
     if max(key_dim, value_dim) > 128:
         return Tiling(block=64, columns=32, warps=4, stages=2)
     return Tiling(block=64, columns=min(64, triton.next_power_of_2(value_dim)), warps=4, stages=3)
-
-
-def _segments(
-    batch: int,
-    length: int,
-    heads: int,
-    values: int,
-    cu_seqlens: Tensor | None,
-    tiling: Tiling,
-    size: int | None,
-    device,
-) -> "Segments":
-    borders = tuple(sample_borders(batch, length, cu_seqlens))
-    if size is None:
-        size = _segment_length(borders, heads * triton.cdiv(values, tiling.columns), device)
-    return Segments.cut(borders, size, device)
 
 
 def _segment_length(borders: tuple[int, ...], programs_per_segment: int, device: torch.device) -> int:
@@ -143,12 +136,12 @@ class Segments(NamedTuple):
 
 
 class _Lightning(torch.autograd.Function):
-    """Of q, k, v [T, H, D], or with `silu` of SiLU of one tensor [T, H, 3, D], which alone is kept then."""
+    """Of q, k, v [T, H, D], or of SiLU of one tensor [T, H, 3, D], which alone is kept then."""
 
     @staticmethod
-    def forward(ctx, rates, initial, segments: Segments, tiling: Tiling, silu: bool, *inputs: Tensor):
+    def forward(ctx, rates, initial, segments: Segments, tiling: Tiling, *inputs: Tensor):
         scan = _Scan(rates, segments, tiling)
-        q, k, v = F.silu(inputs[0]).unbind(2) if silu else inputs
+        q, k, v = _activated(inputs)
         entering, final = _entering(scan, k, v, initial, reverse=False)
         last = None
         if final is None:
@@ -156,7 +149,7 @@ class _Lightning(torch.autograd.Function):
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         scan(out, q, k, v, entering, last)
         ctx.save_for_backward(rates, entering, *inputs)
-        ctx.segments, ctx.tiling, ctx.silu, ctx.has_initial = segments, tiling, silu, initial is not None
+        ctx.segments, ctx.tiling, ctx.has_initial = segments, tiling, initial is not None
         return out, final
 
     @staticmethod
@@ -164,9 +157,9 @@ class _Lightning(torch.autograd.Function):
     def backward(ctx, d_out: Tensor, d_final: Tensor):
         rates, entering, *inputs = ctx.saved_tensors
         scan = _Scan(rates, ctx.segments, ctx.tiling)
-        q, k, v = F.silu(inputs[0]).unbind(2) if ctx.silu else inputs
+        q, k, v = _activated(inputs)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-        d_q, d_k, d_v = grads[0].unbind(2) if ctx.silu else grads
+        d_q, d_k, d_v = grads[0].unbind(2) if len(grads) == 1 else grads
         d_out, d_final = _rows(d_out), d_final.contiguous()
         leaving, d_initial = _entering(scan, q, d_out, d_final, reverse=True)
         last = None
@@ -175,9 +168,13 @@ class _Lightning(torch.autograd.Function):
         scan(d_q, d_out, v, k, None if entering is None else entering.mT, None)
         scan(d_k, v, d_out, q, leaving.mT, None, reverse=True)
         scan(d_v, k, q, d_out, leaving, last, reverse=True)
-        if ctx.silu:
+        if len(grads) == 1:
             grads = [torch.ops.aten.silu_backward(grads[0], inputs[0])]
-        return None, d_initial if ctx.has_initial else None, None, None, None, *grads
+        return None, d_initial if ctx.has_initial else None, None, None, *grads
+
+
+def _activated(inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return F.silu(inputs[0]).unbind(2) if len(inputs) == 1 else inputs
 
 
 def _entering(

@@ -44,6 +44,13 @@ def test_the_formula(config, k):
     assert routing.kept is None
 
 
+@pytest.mark.parametrize("tokens", [9, 100])
+@torch.no_grad()
+def test_the_residual_sum(layer, config, tokens):
+    x = torch.randn(2, tokens, config.hidden_size)
+    torch.testing.assert_close(layer(x, alpha=1.7, beta=0.6)[0], 1.7 * x + 0.6 * layer(x)[0])
+
+
 @torch.no_grad()
 def test_a_capacity_factor_drops_what_exceeds_its_share(config, layer):
     x = torch.randn(1, 60, config.hidden_size)

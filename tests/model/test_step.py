@@ -225,7 +225,7 @@ def listen_before(model):
 
 def wrap(model):
     original = model.layers[3].block_sparse_moe.forward
-    model.layers[3].block_sparse_moe.forward = lambda *arguments: (original(*arguments)[0] * 2, None)
+    model.layers[3].block_sparse_moe.forward = lambda *args, **kwargs: (original(*args, **kwargs)[0] * 2, None)
 
 
 def adapt(model):

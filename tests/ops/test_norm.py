@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fulmen.ops.norm import rms_norm
+from fulmen.ops.norm import add_rms_norm, rms_norm
 
 
 def formula(x, weight, eps):
@@ -58,3 +58,18 @@ def test_narrow_inputs_are_normed_in_fp32(dtype, grad):
 
 def test_a_fp32_weight_does_not_widen_the_output():
     assert rms_norm(torch.randn(3, 8).bfloat16(), torch.ones(8), 1e-5).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.6])
+def test_of_a_residual_sum(beta, compare):
+    tensors = [torch.randn(5, 24), torch.randn(5, 24), torch.rand(24) + 0.5]
+    d_out, results = torch.randn(5, 24), []
+    for dtype in (torch.float32, torch.float64):
+        x, branch, weight = leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        if dtype == torch.float32:
+            out = add_rms_norm(x, branch, 1.7, beta, weight, 1e-5)
+        else:
+            out = formula(1.7 * x + beta * branch, weight, 1e-5)
+        grads = torch.autograd.grad(out, leaves, d_out.to(dtype))
+        results.append({"out": out.detach(), **dict(zip(("d_x", "d_branch", "d_weight"), grads, strict=True))})
+    compare(*results, 1e-6)

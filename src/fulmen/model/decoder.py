@@ -20,7 +20,7 @@ from fulmen.model.norm import RMSNorm
 from fulmen.model.softmax import SoftmaxAttention
 from fulmen.model.step import decode_step
 from fulmen.ops.experts import Routing, balance_loss
-from fulmen.ops.linear import linear_f32
+from fulmen.ops.linear import linear_f32, product_dtype
 from fulmen.ops.loss import IGNORE, linear_cross_entropy
 from fulmen.ops.packing import check_borders
 from fulmen.ops.rotary import rotary_tables
@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()  # its layers look at the borders on the host; here a GPU is waited for once
         self._check(tokens, cache, cu_seqlens)
-        x, routings = self.embed_tokens(tokens), []
+        x, routings = self._embed(tokens), []
         if cache is not None and (decoded := decode_step(self, x, cache)):
             return decoded
         positions = _positions(tokens, 0 if cache is None else cache.length, cu_seqlens)
@@ -109,6 +109,11 @@ class LanguageModel(nn.Module):
         if cache is not None:
             cache.length += tokens.shape[1]
         return self.norm(x), routings
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """[B, T, hidden]; a GPU keeps what goes from layer to layer in autocast's dtype, and each sum of it in fp32."""
+        x = self.embed_tokens(tokens)
+        return x.to(product_dtype(x)) if x.is_cuda else x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head, in fp32 whatever the weights' dtype: [..., hidden] to [..., V]."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fulmen.model.cache import Cache
-from fulmen.ops.cpu.step import LayerMemory, StepResult
+from fulmen.ops import gpu
+from fulmen.ops.cpu.step import LayerMemory
 from fulmen.ops.experts import Routing
 
 
@@ -28,14 +29,14 @@ class GraphedSteps:
         record = self._records.get(cache)
         if record is None or not record.fits(memories):
             record = self._records[cache] = _Record(x, memories)
-            y, routings = record.run(self.step, x, cache.length)
+            y, *routings = record.run(self.step, x, cache.length)
         elif not x.is_cuda:  # Triton's interpreter
-            y, routings = record.run(self.step, x, cache.length)
+            y, *routings = record.run(self.step, x, cache.length)
         else:
             if record.graph is None:
                 record.capture(self.step)
-            y, routings = record.replay(x, cache.length)
-        return y[:, None], [Routing(*routing, kept=None) for routing in routings]
+            y, *routings = record.replay(x, cache.length)
+        return y[:, None], [Routing(*layer, kept=None) for layer in zip(*routings, strict=True)]
 
 
 class _Record:
@@ -53,11 +54,10 @@ class _Record:
         before, now = ([tensor for memory in each for tensor in memory] for each in (self.memories, memories))
         return all(old is new for old, new in zip(before, now, strict=True))
 
-    def run(self, step, x: Tensor, position: int) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """One by one."""
+    def run(self, step, x: Tensor, position: int) -> list[Tensor]:
+        """One by one: the output [B, hidden], and experts, weights, probabilities and counts of all layers [L, ...]."""
         self._put(x, position)
-        result = self._step(step)
-        return result.y, result.routings
+        return self._step(step)
 
     def capture(self, step) -> None:
         """Record the launches, without running them."""
@@ -65,19 +65,18 @@ class _Record:
         # Another thread may allocate meanwhile.
         recording = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
         with torch.inference_mode(False), torch.no_grad(), recording:
-            y, _, routings = self._step(step)
-            self.outputs = (y, *(torch.stack(tensors) for tensors in zip(*routings, strict=True)))
+            self.outputs = self._step(step)
 
-    def replay(self, x: Tensor, position: int) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    def replay(self, x: Tensor, position: int) -> list[Tensor]:
         """Launch the record; what it gives is copied, for the next replay writes to the same places."""
         self._put(x, position)
         self.graph.replay()
-        y, *routings = (tensor.clone() for tensor in self.outputs)
-        return y, list(zip(*(tensor.unbind() for tensor in routings), strict=True))
+        return [tensor.clone() for tensor in self.outputs]
 
     def _put(self, x: Tensor, position: int) -> None:
         self.x.copy_(x[:, 0])
         self.positions.fill_(position)
 
-    def _step(self, step) -> StepResult:
-        return step(self.x, self.memories, self.slots, self.positions)
+    def _step(self, step) -> list[Tensor]:
+        y, choices = step(self.x, self.memories, self.slots, self.positions)
+        return [y, *choices, gpu.experts.count_choices(choices.experts, choices.probs.shape[2])]

@@ -3,7 +3,6 @@
 For input x:  n1 = norm(x);  h = alpha n1 + beta mixer(n1);  n2 = norm(h);  y = alpha n2 + beta experts(n2).
 """
 
-import torch
 from torch import Tensor, nn
 
 from fulmen.model.cache import KeyValues, LightningState
@@ -40,10 +39,5 @@ class DecoderLayer(nn.Module):
         normed = self.input_layernorm(x)
         position = () if self.is_lightning else (rotary,)
         mixed = self.self_attn(normed, *position, cache=cache, cu_seqlens=cu_seqlens)
-        normed = self.post_attention_layernorm(_residual(normed, self.mixer_alpha, mixed, self.mixer_beta))
-        answer, routing = self.block_sparse_moe(normed, capacity_factor)
-        return _residual(normed, self.mlp_alpha, answer, self.mlp_beta), routing
-
-
-def _residual(normed: Tensor, alpha: float, branch: Tensor, beta: float) -> Tensor:
-    return torch.add(branch if beta == 1 else beta * branch, normed, alpha=alpha)
+        normed = self.post_attention_layernorm(normed, branch=mixed, alpha=self.mixer_alpha, beta=self.mixer_beta)
+        return self.block_sparse_moe(normed, capacity_factor, alpha=self.mlp_alpha, beta=self.mlp_beta)

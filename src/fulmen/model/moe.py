@@ -34,8 +34,10 @@ class MixtureOfExperts(nn.Module):
         for matrix in (*self.experts.w13.unflatten(1, (2, -1)).flatten(0, 1), *self.experts.w2):
             nn.init.xavier_normal_(matrix, gain)
 
-    def forward(self, x: Tensor, capacity_factor: float | None = None) -> tuple[Tensor, Routing]:
-        """x [B, T, hidden] to the same shape, and where its tokens went.
+    def forward(
+        self, x: Tensor, capacity_factor: float | None = None, *, alpha: float = 0.0, beta: float = 1.0
+    ) -> tuple[Tensor, Routing]:
+        """alpha * x + beta * experts(x) of x [B, T, hidden], and where its tokens went.
 
         With a capacity factor an expert takes ceil(factor * k * tokens / E) choices and the rest is dropped
         (training); without, nothing is.
@@ -46,4 +48,5 @@ class MixtureOfExperts(nn.Module):
         if capacity_factor is not None:
             capacity = expert_capacity(len(flat), logits.shape[1], k, capacity_factor)
         routing = route(logits, k, capacity)
-        return experts_mlp(flat, self.experts.w13, self.experts.w2, routing).view_as(x), routing
+        out = experts_mlp(flat, self.experts.w13, self.experts.w2, routing, alpha=alpha, beta=beta)
+        return out.view_as(x), routing

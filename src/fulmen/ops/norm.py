@@ -26,6 +26,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) 
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, branch: Tensor, alpha: float, beta: float, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of the residual sum alpha * x + beta * branch; x, branch [..., D]. A GPU never rounds the sum."""
+    keeps_dtype = torch.promote_types(x.dtype, branch.dtype) == x.dtype
+    if gpu.serves(x, branch, weight) and weight.shape == x.shape[-1:] and keeps_dtype:
+        return gpu.norm.add_rms_norm(x, branch, alpha, beta, weight, eps)
+    return rms_norm(residual(x, branch, alpha, beta), weight, eps)
+
+
+def residual(x: Tensor, branch: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha * x + beta * branch."""
+    return torch.add(branch if beta == 1 else beta * branch, x, alpha=alpha)
+
+
 class _RMSNorm(torch.autograd.Function):
     """PyTorch has a fused kernel on GPUs only; on a CPU it takes about twenty passes over x, this about ten."""
 

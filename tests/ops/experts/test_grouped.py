@@ -125,6 +125,22 @@ def test_autocast_multiplies_in_bf16_and_gives_back_the_dtype_of_x(oracle, compa
     assert not torch.allclose(actual["out"].double(), expected["out"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [30, 500])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.7, 1.0), (1.7, 0.6), (0.0, 0.6)])
+def test_the_residual_sum(tokens, alpha, beta, oracle, compare):
+    def ours(x, w13, w2, logits, k, capacity):
+        return experts_mlp(x, w13, w2, route(logits, k, capacity), alpha=alpha, beta=beta)
+
+    def truth(x, *others):
+        return alpha * x + beta * oracle(x, *others)
+
+    case = make(tokens, 4)
+    compare(results(ours, case, 2, 20), results(truth, case, 2, 20, torch.float64), 1e-5)
+    with torch.no_grad():
+        few = ours(*(case[name] for name in NAMES), 2, None)
+    compare({"out": few}, {"out": truth(*(case[name].double() for name in NAMES), 2, None)}, 1e-5)
+
+
 def test_only_some_gradients_are_wanted(oracle, compare):
     case = make(50, 4)
     expected = results(oracle, case, 2, None, torch.float64)

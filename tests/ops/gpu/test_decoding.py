@@ -78,8 +78,29 @@ def test_add_norm(size, mixed, gpu_device, compare):
     branch, mix = torch.randn(5, 3, size, device=gpu_device), torch.randn(5, 3, device=gpu_device)
     if not mixed:
         branch, mix = branch[:, 0].contiguous(), None
-    out = gpu.decoding.add_norm(normed, branch, 1.7, 0.6, weight, 1e-3, mix)
+    out = gpu.decoding.add_norm(normed, branch, 1.7, 0.6, weight, 1e-3, mix=mix)
     added = branch.double() if mix is None else (branch.double() * mix.double()[..., None]).sum(dim=1)
     x = 1.7 * normed.double() + 0.6 * added
     truth = x / (x.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt() * weight.double()
     compare({"out": out.cpu()}, {"out": truth.cpu()}, 1e-5)
+
+
+@pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (5, 3), (16, 2), (40, 1)])
+@pytest.mark.parametrize("size", [24, 1040])
+def test_add_norm_and_route(num_experts, k, size, gpu_device, compare, poisoned_memory):
+    from fulmen.ops.experts import route
+
+    normed, branch = torch.randn(2, 5, size, device=gpu_device)
+    weight, matrix = torch.rand(size, device=gpu_device), torch.randn(num_experts, size, device=gpu_device)
+    choices = (
+        torch.empty(5, k, dtype=torch.int64, device=gpu_device),
+        torch.empty(5, k, device=gpu_device),
+        torch.empty(5, num_experts, device=gpu_device),
+    )
+    router = gpu.decoding.Router(matrix, *choices)
+    out = gpu.decoding.add_norm(normed, branch, 1.7, 0.6, weight, 1e-3, router=router)
+    assert torch.equal(out, gpu.decoding.add_norm(normed, branch, 1.7, 0.6, weight, 1e-3))
+    truth = route(out.cpu().double() @ matrix.cpu().double().T, k)
+    assert torch.equal(router.experts.cpu(), truth.experts)
+    ours, theirs = ({"weights": r.weights.cpu(), "probs": r.probs.cpu()} for r in (router, truth))
+    compare(ours, theirs, 1e-5)

@@ -26,6 +26,12 @@ def test_routing(tokens, num_experts, k, both, gpu_device, poisoned_memory):
     both(lambda x: torch.cat(route(x, k)[1:3], dim=-1), formula, [logits], 1e-5)
 
 
+def test_counts_of_several_layers(gpu_device):
+    experts = torch.randint(5, (3, 400, 2), device=gpu_device)
+    counts = gpu.experts.count_choices(experts, 5)
+    assert torch.equal(counts, torch.stack([torch.bincount(layer.flatten(), minlength=5) for layer in experts]))
+
+
 def test_equal_logits_go_to_the_first_experts_and_nan_stays_in_its_token(gpu_device):
     logits = torch.zeros(3, 6, device=gpu_device)
     logits[1, 4] = float("nan")
@@ -61,20 +67,22 @@ def test_sorting(tokens, num_experts, k, capacity, gpu_device, poisoned_memory):
 
 @pytest.mark.parametrize("capacity", [None, 3, 17])
 @pytest.mark.parametrize(("tokens", "num_experts", "k"), [(40, 6, 2), (140, 3, 3), (40, 1, 1), (1, 6, 2)])
-def test_outputs_and_gradients(tokens, num_experts, k, capacity, both, oracle):
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (1.7, 0.6)])
+def test_outputs_and_gradients(tokens, num_experts, k, capacity, alpha, beta, both, oracle):
     width, expert = 16, 24
     shapes = ((tokens, width), (num_experts, 2 * expert, width), (num_experts, width, expert), (tokens, num_experts))
     x, w13, w2, logits = (torch.randn(shape) for shape in shapes)
 
     def function(x, w13, w2, logits):
         routing = route(logits, k, capacity)
-        return experts_mlp(x, w13, w2, routing) + balance_loss(routing)
+        return experts_mlp(x, w13, w2, routing, alpha=alpha, beta=beta) + balance_loss(routing)
 
     def formula(x, w13, w2, logits):
         probs = logits.softmax(dim=-1)
         chosen = torch.bincount(probs.topk(k, dim=-1).indices.flatten(), minlength=num_experts)
         balance = (chosen.double() * num_experts / (k * tokens) * probs.mean(dim=0)).sum()
-        return oracle(x.cpu(), w13.cpu(), w2.cpu(), logits.cpu(), k, capacity).to(x.device) + balance
+        answers = oracle(x.cpu(), w13.cpu(), w2.cpu(), logits.cpu(), k, capacity).to(x.device)
+        return alpha * x + beta * answers + balance
 
     both(function, formula, [x, w13 / width**0.5, w2 / expert**0.5, logits], 1e-5)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fulmen.ops import gpu
 from fulmen.ops.loss import IGNORE, linear_cross_entropy
-from fulmen.ops.norm import rms_norm
+from fulmen.ops.norm import add_rms_norm, rms_norm
 from fulmen.ops.rotary import apply_rotary, rotary_tables
 from fulmen.ops.swiglu import swiglu, swiglu_backward
 
@@ -23,6 +23,19 @@ def test_rms_norm(shape, gated, both, poisoned_memory):
 
     tensors = [torch.randn(shape), torch.rand(shape[-1]) + 0.5, *([torch.randn(shape)] if gated else [])]
     both(function, formula, tensors, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(24,), (600, 24), (2, 3, 1040)])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (1.7, 1.0), (1.7, 0.6)])
+def test_rms_norm_of_a_residual_sum(shape, alpha, beta, both, poisoned_memory):
+    def formula(x, branch, weight):
+        total = alpha * x + beta * branch
+        return total / (total.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt() * weight
+
+    def function(x, branch, weight):
+        return add_rms_norm(x, branch, alpha, beta, weight, 1e-3)
+
+    both(function, formula, [torch.randn(shape), torch.randn(shape), torch.rand(shape[-1]) + 0.5], 1e-5)
 
 
 def test_rms_norm_of_views(both):

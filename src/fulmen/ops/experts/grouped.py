@@ -19,14 +19,17 @@ from fulmen.ops.swiglu import swiglu, swiglu_backward
 ROUND = 64
 
 
-def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
-    """sum over a token's kept choices of weight * w2 (SiLU(w1 x) * (w3 x)) (MiniMax-01, section 2).
+def experts_mlp(
+    x: Tensor, w13: Tensor, w2: Tensor, routing: Routing, *, alpha: float = 0.0, beta: float = 1.0
+) -> Tensor:
+    """alpha * x + beta * sum over a token's kept choices of weight * w2 (SiLU(w1 x) * (w3 x)) (MiniMax-01, section 2).
 
     Args:
         x: [T, D].
         w13: [E, 2F, D], each expert's w1 (gate) over its w3 (up).
         w2: [E, D, F].
         routing: from `route`; its weights carry the gradient to the router.
+        alpha, beta: of the residual sum; a GPU adds x where it sums the choices, forward and backward.
 
     Returns:
         [T, D], the dtype of x. Products run in the autocast dtype where autocast is on, else in x's dtype.
@@ -40,11 +43,16 @@ def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
             f"hidden size and expert width must be multiples of {16 // dtype.itemsize} in {dtype}, "
             f"got {x.shape[1]} and {w2.shape[2]}"
         )
+    if beta != 1:
+        routing = routing._replace(weights=beta * routing.weights)
     if device == "cpu" and len(x) <= FEW and routing.kept is None and not torch.is_grad_enabled():
-        return few_tokens_mlp(x.to(dtype), w13.to(dtype), w2.to(dtype), routing).to(x.dtype)
+        out = few_tokens_mlp(x.to(dtype), w13.to(dtype), w2.to(dtype), routing).to(x.dtype)
+        return torch.add(out, x, alpha=alpha) if alpha else out
+    within = alpha if gpu.serves(x) and x.dtype == dtype else 0.0
     with torch.autocast(device, enabled=False):
-        out = gpu.apply(_ExpertsMLP, x.to(dtype), w13.to(dtype), w2.to(dtype), routing.weights, _plan(routing, dtype))
-    return out.to(x.dtype)
+        operands = (x.to(dtype), w13.to(dtype), w2.to(dtype), routing.weights, _plan(routing, dtype))
+        out = gpu.apply(_ExpertsMLP, *operands, within).to(x.dtype)
+    return torch.add(out, x, alpha=alpha) if alpha != within else out
 
 
 class Plan(NamedTuple):
@@ -93,12 +101,13 @@ class _ExpertsMLP(torch.autograd.Function):
     """Keeps the gate and up products [R, 2F]; what follows from them is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, plan: Plan):
+    def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, plan: Plan, alpha: float):
         gate_up = F.grouped_mm(_permute(x, plan), w13.mT, offs=plan.ends)
         y_RD = F.grouped_mm(swiglu(gate_up), w2.mT, offs=plan.ends)
         ctx.save_for_backward(x, w13, w2, gate_up, *plan)
+        ctx.alpha = alpha
         if gpu.serves(y_RD):
-            return gpu.experts.unpermute(y_RD, plan.row_of, weights)
+            return gpu.experts.unpermute(y_RD, plan.row_of, weights, residual=x, alpha=alpha)
         return _sum_per_token(y_RD.mul_(plan.weights), plan)
 
     @staticmethod
@@ -112,11 +121,11 @@ class _ExpertsMLP(torch.autograd.Function):
         d_gate_up, weighted_act, d_rows = swiglu_backward(d_act, gate_up, plan.weights)
         d_w2 = F.grouped_mm(d_y.T, weighted_act, offs=plan.ends)
         d_w13 = F.grouped_mm(d_gate_up.T, _permute(x, plan), offs=plan.ends)
-        d_x = _sum_per_token(F.grouped_mm(d_gate_up, w13, offs=plan.ends), plan)
+        d_x = _sum_per_token(F.grouped_mm(d_gate_up, w13, offs=plan.ends), plan, d_out, ctx.alpha)
         # A dropped choice has no row to read.
         padded = torch.cat((d_rows, d_rows.new_zeros(1)))
         d_weights = padded[torch.where(plan.row_of < 0, len(d_rows), plan.row_of)]
-        return d_x, d_w13, d_w2, d_weights, None
+        return d_x, d_w13, d_w2, d_weights, None, None
 
 
 def _permute(x: Tensor, plan: Plan) -> Tensor:
@@ -124,10 +133,10 @@ def _permute(x: Tensor, plan: Plan) -> Tensor:
     return gpu.experts.permute(x, plan.tokens) if gpu.serves(x) else x.index_select(0, plan.tokens)
 
 
-def _sum_per_token(rows_RD: Tensor, plan: Plan) -> Tensor:
-    """Sum the rows of each token's kept choices: [R, D] to [T, D]."""
+def _sum_per_token(rows_RD: Tensor, plan: Plan, residual: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+    """Sum the rows of each token's kept choices: [R, D] to [T, D]; on a GPU alpha * residual [T, D] as well."""
     if gpu.serves(rows_RD):
-        return gpu.experts.unpermute(rows_RD, plan.row_of)
+        return gpu.experts.unpermute(rows_RD, plan.row_of, residual=residual, alpha=alpha)
     if len(rows_RD) == 0:
         return rows_RD.new_zeros(len(plan.row_of), rows_RD.shape[1])
     # A dropped choice reads some row and counts it as zero.

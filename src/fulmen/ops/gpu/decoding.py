@@ -5,10 +5,14 @@ can be recorded in a CUDA graph. A slot of -1 pads a batch: nothing of the pool 
 Letters: B sequences, S slots, H heads, H_kv key heads, D their width, R room for tokens, T = B tokens, k choices each.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fulmen.ops.gpu.experts import choose_experts
 
 KEYS = 64
 """Keys at a time."""
@@ -106,19 +110,34 @@ def _few_products(x: Tensor, weight: Tensor, experts: Tensor, *, is_first: bool)
     return out
 
 
+class Router(NamedTuple):
+    """A router's matrix, and where its choices go: what `fulmen.ops.experts.route` gives, one layer's."""
+
+    weight: Tensor  # [E, D]
+    experts: Tensor  # [B, k] int64
+    weights: Tensor  # [B, k] fp32
+    probs: Tensor  # [B, E] fp32
+
+
 def add_norm(
-    normed: Tensor, branch: Tensor, alpha: float, beta: float, weight: Tensor, eps: float, mix: Tensor | None = None
-) -> Tensor:
+    normed: Tensor, branch: Tensor, alpha: float, beta: float, weight: Tensor, eps: float,
+    *, mix: Tensor | None = None, router: Router | None = None,
+) -> Tensor:  # fmt: skip
     """RMSNorm of alpha * normed + beta * branch, with the sum in fp32; normed [B, D], branch [B, D].
 
-    With `mix` [B, k] fp32 the branch [B, k, D] is the sum of its k rows with these weights.
+    With `mix` [B, k] fp32 the branch [B, k, D] is the sum of its k rows with these weights. With a `router` the result
+    is also multiplied by its matrix, in fp32, and its experts are chosen.
     """
     rows, size = normed.shape
-    out, k = torch.empty_like(normed), 1 if mix is None else mix.shape[1]
-    width = triton.next_power_of_2(size)
+    out, k, width = torch.empty_like(normed), 1 if mix is None else mix.shape[1], triton.next_power_of_2(size)
+    routed, num_experts, chosen = router is not None, 1, 1
+    if routed:
+        num_experts, chosen = len(router.weight), router.experts.shape[1]
+    experts = triton.next_power_of_2(num_experts)
     _add_norm_kernel[(rows,)](
-        normed, branch, mix, weight, out, alpha, beta, size, eps, K=k, MIXED=mix is not None, WIDTH=width,
-        num_warps=min(16, max(1, width // 256)),
+        normed, branch, mix, weight, out, *(router or (None,) * 4), alpha, beta, size, num_experts, eps,
+        K=k, MIXED=mix is not None, WIDTH=width, ROUTED=routed, CHOSEN=chosen, EXPERTS=experts,
+        GROUP=max(1, min(experts, 8192 // width)), num_warps=min(16, max(1, width // 256)),
     )  # fmt: skip
     return out
 
@@ -284,8 +303,9 @@ def _few_kernel(
 
 @triton.jit
 def _add_norm_kernel(
-    p_normed, p_branch, p_mix, p_weight, p_out, alpha, beta, size, eps,
-    K: tl.constexpr, MIXED: tl.constexpr, WIDTH: tl.constexpr,
+    p_normed, p_branch, p_mix, p_weight, p_out, p_router, p_experts, p_weights, p_probs,
+    alpha, beta, size, num_experts, eps, K: tl.constexpr, MIXED: tl.constexpr, WIDTH: tl.constexpr,
+    ROUTED: tl.constexpr, CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     ok = i < size
@@ -295,4 +315,16 @@ def _add_norm_kernel(
         branch += part * tl.load(p_mix + row * K + slot) if MIXED else part
     x = alpha * tl.load(p_normed + row * size + i, mask=ok, other=0.0).to(tl.float32) + beta * branch
     y = x * tl.rsqrt(tl.sum(x * x) / size + eps) * tl.load(p_weight + i, mask=ok, other=0.0).to(tl.float32)
-    tl.store(p_out + row * size + i, y.to(p_out.dtype.element_ty), mask=ok)
+    y = y.to(p_out.dtype.element_ty)
+    tl.store(p_out + row * size + i, y, mask=ok)
+    if ROUTED:
+        logits = tl.zeros((1, EXPERTS), dtype=tl.float32)
+        for first in tl.static_range(0, EXPERTS, GROUP):
+            e = first + tl.arange(0, GROUP)
+            inside = (e < num_experts)[:, None] & ok[None, :]
+            w = tl.load(p_router + e[:, None] * size + i[None, :], mask=inside, other=0.0).to(tl.float32)
+            part = tl.sum(w * y.to(tl.float32)[None, :], axis=1)
+            here = e[:, None] == tl.arange(0, EXPERTS)[None, :]
+            logits += tl.sum(tl.where(here, part[:, None], 0.0), axis=0)[None, :]
+        token = tl.zeros((1, 1), dtype=tl.int64) + row
+        choose_experts(logits, token, token >= 0, p_experts, p_weights, p_probs, num_experts, CHOSEN, EXPERTS, 1)

@@ -59,12 +59,17 @@ class _Route(torch.autograd.Function):
 
 
 def count_choices(experts: Tensor, num_experts: int) -> Tensor:
-    """Choices per expert, [E] int64, of experts [T, k] int64."""
-    return _histogram(experts, num_experts).sum(dim=0)
+    """Choices per expert, [..., E] int64, of experts [..., T, k] int64."""
+    rows, choices = experts.shape[:-2].numel(), experts.shape[-2:].numel()
+    counts = torch.zeros(rows, num_experts, dtype=torch.int64, device=experts.device)
+    _tally_kernel[(triton.cdiv(choices, CHOICES), rows)](
+        experts.contiguous(), counts, choices, num_experts, WIDTH=triton.next_power_of_2(num_experts), CHOICES=CHOICES
+    )
+    return counts.view(*experts.shape[:-2], num_experts)
 
 
 def _histogram(experts: Tensor, num_experts: int) -> Tensor:
-    """[G, E] int32."""
+    """Choices per expert of each block of them, [G, E] int32."""
     choices = experts.numel()
     blocks = triton.cdiv(choices, CHOICES)
     counts = torch.empty(blocks, num_experts, dtype=torch.int32, device=experts.device)
@@ -112,14 +117,17 @@ def permute(x: Tensor, row_tokens: Tensor) -> Tensor:
     return out
 
 
-def unpermute(rows: Tensor, row_of: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum of each token's rows, weighted by weights [T, k] or not: [R, D] to [T, D]."""
+def unpermute(
+    rows: Tensor, row_of: Tensor, weights: Tensor | None = None, *, residual: Tensor | None = None, alpha: float = 0.0
+) -> Tensor:
+    """Sum of each token's rows, weighted by weights [T, k] or not, and of alpha * residual [T, D]: [R, D] to [T, D]."""
     (tokens, k), size = row_of.shape, rows.shape[1]
     out, width = rows.new_empty(tokens, size), min(1024, triton.next_power_of_2(size))
-    weighted = weights is not None
+    weighted, added = weights is not None, alpha != 0
     _unpermute_kernel[(tokens, triton.cdiv(size, width))](
-        rows, row_of, weights.contiguous() if weighted else None, out, size, K=k, WEIGHTED=weighted, WIDTH=width
-    )
+        rows, row_of, weights.contiguous() if weighted else None, residual.contiguous() if added else None, out,
+        alpha, size, K=k, WEIGHTED=weighted, ADDED=added, WIDTH=width,
+    )  # fmt: skip
     return out
 
 
@@ -128,14 +136,23 @@ def _route_kernel(
     p_logits, p_experts, p_weights, p_probs, tokens, num_experts, K: tl.constexpr, WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
-    t, e = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None], tl.arange(0, WIDTH)[None, :]
-    real, is_expert = t < tokens, e < num_experts
-    at = t.to(tl.int64) * num_experts + e
-    x = tl.load(p_logits + at, mask=real & is_expert, other=0.0).to(tl.float32)
+    t, e = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None].to(tl.int64), tl.arange(0, WIDTH)[None, :]
+    real = t < tokens
+    x = tl.load(p_logits + t * num_experts + e, mask=real & (e < num_experts), other=0.0).to(tl.float32)
+    choose_experts(x, t, real, p_experts, p_weights, p_probs, num_experts, K, WIDTH, TOKENS)
+
+
+@triton.jit
+def choose_experts(
+    x, t, real, p_experts, p_weights, p_probs, num_experts, K: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr
+):
+    """Write probabilities, the K best and their weights of the logits x [TOKENS, WIDTH] of the tokens t [TOKENS, 1]."""
+    e = tl.arange(0, WIDTH)[None, :]
+    is_expert = e < num_experts
     x = tl.where(is_expert, x, float("-inf"))
     probs = tl.exp(x - tl.max(x, axis=1)[:, None])
     probs = probs / tl.sum(probs, axis=1)[:, None]
-    tl.store(p_probs + at, probs, mask=real & is_expert)
+    tl.store(p_probs + t * num_experts + e, probs, mask=real & is_expert)
     # A nan is chosen before any number, so that it shows; the padding after everything.
     left = tl.where(is_expert, tl.where(probs != probs, 2.0, probs), -2.0)
     total = tl.zeros((TOKENS, 1), dtype=tl.float32)
@@ -147,8 +164,8 @@ def _route_kernel(
     for slot in tl.static_range(K):
         best = tl.argmax(left, axis=1)[:, None]
         weight = tl.sum(tl.where(e == best, probs, 0.0), axis=1)[:, None] / total
-        tl.store(p_experts + t.to(tl.int64) * K + slot, best.to(tl.int64), mask=real)
-        tl.store(p_weights + t.to(tl.int64) * K + slot, weight, mask=real)
+        tl.store(p_experts + t * K + slot, best.to(tl.int64), mask=real)
+        tl.store(p_weights + t * K + slot, weight, mask=real)
         left = tl.where(e == best, -1.0, left)
 
 
@@ -175,6 +192,15 @@ def _route_backward_kernel(
         d_probs += tl.where(e == expert, (d_weight - along) / total, 0.0)
     d_logits = probs * (d_probs - tl.sum(d_probs * probs, axis=1)[:, None])
     tl.store(p_d_logits + at, d_logits.to(p_d_logits.dtype.element_ty), mask=real & is_expert)
+
+
+@triton.jit
+def _tally_kernel(p_experts, p_counts, choices, num_experts, WIDTH: tl.constexpr, CHOICES: tl.constexpr):
+    """Added up by atomics, which for whole numbers come to the same in any order."""
+    row, c, e = tl.program_id(1).to(tl.int64), tl.program_id(0) * CHOICES + tl.arange(0, CHOICES), tl.arange(0, WIDTH)
+    expert = tl.load(p_experts + row * choices + c, mask=c < choices, other=-1)
+    counts = tl.sum((expert[:, None] == e[None, :]).to(tl.int64), axis=0)
+    tl.atomic_add(p_counts + row * num_experts + e, counts, mask=e < num_experts)
 
 
 @triton.jit
@@ -238,10 +264,13 @@ def _permute_kernel(p_x, p_row_tokens, p_out, size, WIDTH: tl.constexpr):
 
 @triton.jit
 def _unpermute_kernel(
-    p_rows, p_row_of, p_weights, p_out, size, K: tl.constexpr, WEIGHTED: tl.constexpr, WIDTH: tl.constexpr
-):
+    p_rows, p_row_of, p_weights, p_residual, p_out, alpha, size,
+    K: tl.constexpr, WEIGHTED: tl.constexpr, ADDED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     token, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), dtype=tl.float32)
+    if ADDED:
+        total += alpha * tl.load(p_residual + token * size + i, mask=i < size, other=0.0).to(tl.float32)
     for slot in tl.static_range(K):
         row = tl.load(p_row_of + token * K + slot).to(tl.int64)
         x = tl.load(p_rows + row * size + i, mask=i < tl.where(row >= 0, size, 0), other=0.0).to(tl.float32)

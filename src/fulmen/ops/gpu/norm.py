@@ -1,4 +1,4 @@
-"""RMSNorm over the last dim, with an optional sigmoid gate, in one pass each way."""
+"""RMSNorm over the last dim, of a sum with a residual or not, with a sigmoid gate or not, in one pass each way."""
 
 import torch
 import triton
@@ -14,13 +14,24 @@ PARTS = 512
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
     """See `fulmen.ops.norm.rms_norm`; x and gate [..., D], weight [D]."""
-    return apply(_RMSNorm, x, weight, eps, gate)
+    return apply(_RMSNorm, x, None, 1.0, 1.0, weight, eps, gate)
 
 
-def _rows(x: Tensor) -> Tensor:
+def add_rms_norm(x: Tensor, branch: Tensor, alpha: float, beta: float, weight: Tensor, eps: float) -> Tensor:
+    """See `fulmen.ops.norm.add_rms_norm`; the sum is never in memory, the backward pass adds it up again."""
+    return apply(_RMSNorm, x, branch, alpha, beta, weight, eps, None)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
     """[..., D] as [R, D], every row contiguous."""
+    if x is None:
+        return None
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _row_strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if x is None else x.stride(0) for x in tensors)
 
 
 def _warps(size: int) -> int:
@@ -28,54 +39,57 @@ def _warps(size: int) -> int:
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Of x, or of alpha * x + beta * branch."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, gate: Tensor | None):
-        ctx.shape = x.shape
-        x, weight, gate = _rows(x), weight.contiguous(), None if gate is None else _rows(gate)
+    def forward(ctx, x: Tensor, branch: Tensor | None, alpha: float, beta: float, weight: Tensor, eps: float, gate):
+        ctx.shape, ctx.sum = x.shape, (alpha, beta)
+        x, branch, weight, gate = _rows(x), _rows(branch), weight.contiguous(), _rows(gate)
         rows, size = x.shape
         y, inverse = x.new_empty(rows, size), x.new_empty(rows, dtype=torch.float32)
         width = triton.next_power_of_2(size)
-        strides = (x.stride(0), 0 if gate is None else gate.stride(0))
         _rms_norm_kernel[(rows,)](
-            x,
-            gate,
-            weight,
-            y,
-            inverse,
-            *strides,
-            size,
-            eps,
-            GATED=gate is not None,
-            WIDTH=width,
-            num_warps=_warps(width),
-        )
-        ctx.save_for_backward(x, weight, inverse, gate)
+            x, branch, gate, weight, y, inverse, *_row_strides(x, branch, gate), alpha, beta, size, eps,
+            SUM=branch is not None, GATED=gate is not None, WIDTH=width, num_warps=_warps(width),
+        )  # fmt: skip
+        ctx.save_for_backward(x, branch, weight, inverse, gate)
         return y.view(ctx.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y: Tensor):
-        x, weight, inverse, gate = ctx.saved_tensors
-        (rows, size), d_y = x.shape, _rows(d_y)
+        x, branch, weight, inverse, gate = ctx.saved_tensors
+        (rows, size), (alpha, beta), d_y = x.shape, ctx.sum, _rows(d_y)
         d_x, d_gate = x.new_empty(rows, size), None if gate is None else gate.new_empty(rows, size)
+        # Where both have the weight 1 their gradients are one tensor.
+        d_branch = None if branch is None else d_x if alpha == beta == 1 else branch.new_empty(rows, size)
         parts, width = min(PARTS, rows), triton.next_power_of_2(size)
         d_weight = torch.empty(parts, size, dtype=torch.float32, device=x.device)
-        strides = (x.stride(0), 0 if gate is None else gate.stride(0), d_y.stride(0))
         _rms_norm_backward_kernel[(parts,)](
-            x, gate, weight, inverse, d_y, d_x, d_gate, d_weight, *strides, rows, size,
-            GATED=gate is not None, WIDTH=width, num_warps=_warps(width),
+            x, branch, gate, weight, inverse, d_y, d_x, d_branch, d_gate, d_weight,
+            *_row_strides(x, branch, gate, d_y), alpha, beta, rows, size,
+            SUM=branch is not None, GATED=gate is not None, WIDTH=width, num_warps=_warps(width),
         )  # fmt: skip
-        d_gate = None if gate is None else d_gate.view(ctx.shape)
-        return d_x.view(ctx.shape), d_weight.sum(dim=0).to(weight.dtype), None, d_gate
+        d_x, d_branch, d_gate = (None if d is None else d.view(ctx.shape) for d in (d_x, d_branch, d_gate))
+        return d_x, d_branch, None, None, d_weight.sum(dim=0).to(weight.dtype), None, d_gate
+
+
+@triton.jit
+def _summed(p_x, p_branch, at_x, at_branch, ok, alpha, beta, SUM: tl.constexpr):
+    x = tl.load(p_x + at_x, mask=ok, other=0.0).to(tl.float32)
+    if SUM:
+        x = alpha * x + beta * tl.load(p_branch + at_branch, mask=ok, other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
 def _rms_norm_kernel(
-    p_x, p_gate, p_weight, p_y, p_inverse, x_row, gate_row, size, eps, GATED: tl.constexpr, WIDTH: tl.constexpr
-):
+    p_x, p_branch, p_gate, p_weight, p_y, p_inverse, x_row, branch_row, gate_row, alpha, beta, size, eps,
+    SUM: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     ok = i < size
-    x = tl.load(p_x + row * x_row + i, mask=ok, other=0.0).to(tl.float32)
+    x = _summed(p_x, p_branch, row * x_row + i, row * branch_row + i, ok, alpha, beta, SUM)
     inverse = tl.rsqrt(tl.sum(x * x) / size + eps)
     y = x * inverse * tl.load(p_weight + i, mask=ok, other=0.0).to(tl.float32)
     if GATED:
@@ -86,8 +100,9 @@ def _rms_norm_kernel(
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    p_x, p_gate, p_weight, p_inverse, p_d_y, p_d_x, p_d_gate, p_d_weight, x_row, gate_row, d_y_row, rows, size,
-    GATED: tl.constexpr, WIDTH: tl.constexpr,
+    p_x, p_branch, p_gate, p_weight, p_inverse, p_d_y, p_d_x, p_d_branch, p_d_gate, p_d_weight,
+    x_row, branch_row, gate_row, d_y_row, alpha, beta, rows, size,
+    SUM: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """d_x = (w dy - normed * mean(w dy . normed)) / rms, row after row with the weight's gradient in registers."""
     part, i = tl.program_id(0), tl.arange(0, WIDTH)
@@ -97,7 +112,7 @@ def _rms_norm_backward_kernel(
     for number in range(part, rows, tl.num_programs(0)):
         row = tl.cast(number, tl.int64)
         inverse = tl.load(p_inverse + row)
-        normed = tl.load(p_x + row * x_row + i, mask=ok, other=0.0).to(tl.float32) * inverse
+        normed = _summed(p_x, p_branch, row * x_row + i, row * branch_row + i, ok, alpha, beta, SUM) * inverse
         d_y = tl.load(p_d_y + row * d_y_row + i, mask=ok, other=0.0).to(tl.float32)
         if GATED:
             gate = tl.sigmoid(tl.load(p_gate + row * gate_row + i, mask=ok, other=0.0).to(tl.float32))
@@ -107,5 +122,9 @@ def _rms_norm_backward_kernel(
         d_weight += d_y * normed
         d_y *= weight
         d_x = (d_y - normed * (tl.sum(d_y * normed) / size)) * inverse
+        if SUM:
+            d_branch = (beta * d_x).to(p_d_branch.dtype.element_ty)
+            tl.store(p_d_branch + row * size + i, d_branch, mask=ok)
+            d_x *= alpha
         tl.store(p_d_x + row * size + i, d_x.to(p_d_x.dtype.element_ty), mask=ok)
     tl.store(p_d_weight + part * size + i, d_weight, mask=ok)

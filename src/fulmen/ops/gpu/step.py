@@ -4,12 +4,21 @@ What `fulmen.ops.cpu.step` is to a CPU: this module knows tensors, `fulmen.model
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fulmen.ops import gpu
-from fulmen.ops.cpu.step import LayerMemory, StepLayer, StepResult, StepShape
-from fulmen.ops.linear import linear_f32
+from fulmen.ops.cpu.step import LayerMemory, StepLayer, StepShape
+
+
+class Choices(NamedTuple):
+    """What `fulmen.ops.experts.route` gives, of all L layers."""
+
+    experts: Tensor  # [L, B, k] int64
+    weights: Tensor  # [L, B, k] fp32
+    probs: Tensor  # [L, B, E] fp32
 
 
 class Step:
@@ -19,28 +28,37 @@ class Step:
         self.layers, self.norm, self.eps, self.frequencies, self.shape = list(layers), norm, eps, frequencies, shape
         self.dtype = norm.dtype
 
-    def __call__(self, x: Tensor, memories: Sequence[LayerMemory], slots: Tensor, positions: Tensor) -> StepResult:
+    def __call__(
+        self, x: Tensor, memories: Sequence[LayerMemory], slots: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Choices]:
         """Layers and norm of x [B, hidden], each sequence's token at `positions` [B] int32 of its slot, [B] int32.
 
         Memories are changed in place. Nothing here depends on a number that only the GPU knows.
         """
-        first = self.layers[0]
+        first, choices = self.layers[0], self._new_choices(x)
         normed = gpu.norm.rms_norm(x, first.tensors["w_before"], first.constants["eps_before"])
-        routings = []
         for index, (layer, memory) in enumerate(zip(self.layers, memories, strict=True)):
             w, c = layer.tensors, layer.constants
+            router = gpu.decoding.Router(w["w_router"], *(each[index] for each in choices))
             mix = self._lightning if memory.state is not None else self._softmax
             branch = mix(normed, layer, memory, slots, positions)
             normed = gpu.decoding.add_norm(
-                normed, branch, c["mixer_alpha"], c["mixer_beta"], w["w_after"], c["eps_after"]
+                normed, branch, c["mixer_alpha"], c["mixer_beta"], w["w_after"], c["eps_after"], router=router
             )
-            routing, answers = self._experts(normed, layer)
-            routings.append(routing)
+            answers = gpu.decoding.experts_mlp(normed, w["w13"], w["w2"], router.experts)
             is_last = index == len(self.layers) - 1
             after = self.norm if is_last else self.layers[index + 1].tensors["w_before"]
             eps = self.eps if is_last else self.layers[index + 1].constants["eps_before"]
-            normed = gpu.decoding.add_norm(normed, answers, c["mlp_alpha"], c["mlp_beta"], after, eps, routing[1])
-        return StepResult(normed, [], routings)
+            normed = gpu.decoding.add_norm(
+                normed, answers, c["mlp_alpha"], c["mlp_beta"], after, eps, mix=router.weights
+            )
+        return normed, choices
+
+    def _new_choices(self, x: Tensor) -> Choices:
+        layers, batch, k, num_experts = len(self.layers), len(x), self.shape.k, self.shape.num_experts
+        experts = torch.empty(layers, batch, k, dtype=torch.int64, device=x.device)
+        weights = torch.empty(layers, batch, k, dtype=torch.float32, device=x.device)
+        return Choices(experts, weights, weights.new_empty(layers, batch, num_experts))
 
     def _lightning(self, x: Tensor, layer: StepLayer, memory: LayerMemory, slots: Tensor, positions: Tensor) -> Tensor:
         w, heads, size = layer.tensors, self.shape.heads, self.shape.dim
@@ -55,11 +73,3 @@ class Step:
         place = (memory.keys, memory.values, slots, positions)
         gpu.decoding.append_keys_(k, v, self.frequencies, *place)
         return gpu.decoding.attention_step(q, self.frequencies, *place).flatten(1) @ w["w_out"].T
-
-    def _experts(self, x: Tensor, layer: StepLayer) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """What `route` gives, and each choice's answer [B, k, hidden]."""
-        w = layer.tensors
-        logits = linear_f32(x, w["w_router"])
-        experts, weights, probs = gpu.experts.route(logits, self.shape.k)
-        counts = gpu.experts.count_choices(experts, self.shape.num_experts)
-        return (experts, weights, probs, counts), gpu.decoding.experts_mlp(x, w["w13"], w["w2"], experts)

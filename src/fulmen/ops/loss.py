@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if want_hidden:
                     d_hidden[part] = d_logits @ operand
                 if want_weight:
-                    d_weight += d_logits.T @ h_TD
+                    d_weight = _add_product(d_weight, d_logits.T, h_TD)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -62,6 +62,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
         d_weight = None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype)
         return d_hidden, d_weight, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total [V, D] fp32 + a @ b; a GPU's narrow products are added without being rounded first."""
+    if total.is_cuda and a.dtype != torch.float32:
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return total.add_(a @ b)
 
 
 def _nll_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ SPLITS = 64
 """Programs at most that share the keys of one sequence and key head."""
 
 ROWS = 16
-"""Tokens of an expert at a time: the fewest rows that a matrix product takes."""
+"""The fewest rows that a matrix product takes."""
 
 
 def lightning_step_(
@@ -100,12 +100,13 @@ def _few_products(x: Tensor, weight: Tensor, experts: Tensor, *, is_first: bool)
     out = x.new_empty(tokens * k, n)
     # Of one token no two choices share an expert: no program need look for work.
     groups = k if tokens == 1 else num_experts
-    columns = 16 if tokens == 1 else 32
+    columns, depth = (16, 256) if tokens == 1 and is_first else (16, 128) if tokens == 1 else (32, 128)
     _few_kernel[(triton.cdiv(n, columns), groups)](
         x, weight, experts.contiguous(), out, tokens * k, k if is_first else 1, n, size,
-        ONE=tokens == 1, GATED=is_first, CHOICES=max(16, triton.next_power_of_2(tokens * k)), ROWS=ROWS,
-        COLUMNS=columns, DEPTH=min(128, max(16, triton.next_power_of_2(size))),
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+        ONE=tokens == 1, GATED=is_first, CHOICES=max(16, triton.next_power_of_2(tokens * k)),
+        ROWS=min(64, max(ROWS, triton.next_power_of_2(tokens))), COLUMNS=columns,
+        DEPTH=min(depth, max(16, triton.next_power_of_2(size))),
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=2, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -137,7 +138,7 @@ def add_norm(
     _add_norm_kernel[(rows,)](
         normed, branch, mix, weight, out, *(router or (None,) * 4), alpha, beta, size, num_experts, eps,
         K=k, MIXED=mix is not None, WIDTH=width, ROUTED=routed, CHOSEN=chosen, EXPERTS=experts,
-        GROUP=max(1, min(experts, 8192 // width)), num_warps=min(16, max(1, width // 256)),
+        GROUP=max(1, min(experts, 16384 // width)), num_warps=min(16, max(1, width // (128 if routed else 256))),
     )  # fmt: skip
     return out
 

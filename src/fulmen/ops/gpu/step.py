@@ -3,7 +3,8 @@
 What `fulmen.ops.cpu.step` is to a CPU: this module knows tensors, `fulmen.model.step` which modules they belong to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Step:
     def __init__(self, layers: Sequence[StepLayer], norm: Tensor, eps: float, frequencies: Tensor, shape: StepShape):
         self.layers, self.norm, self.eps, self.frequencies, self.shape = list(layers), norm, eps, frequencies, shape
         self.dtype = norm.dtype
+        self._side = torch.cuda.Stream(norm.device) if norm.is_cuda else None
 
     def __call__(
         self, x: Tensor, memories: Sequence[LayerMemory], slots: Tensor, positions: Tensor
@@ -62,9 +64,11 @@ class Step:
 
     def _lightning(self, x: Tensor, layer: StepLayer, memory: LayerMemory, slots: Tensor, positions: Tensor) -> Tensor:
         w, heads, size = layer.tensors, self.shape.heads, self.shape.dim
+        with self._beside():
+            gate = x @ w["w_gate"].T
         q, k, v = (x @ w["w_q"].T).view(-1, heads, 3, size).unbind(2)
         out = gpu.decoding.lightning_step_(q, k, v, w["rates"], memory.state, slots, silu=True)
-        gate = x @ w["w_gate"].T
+        self._join()
         return gpu.norm.rms_norm(out.flatten(1), w["w_norm"], layer.constants["eps_norm"], gate) @ w["w_out"].T
 
     def _softmax(self, x: Tensor, layer: StepLayer, memory: LayerMemory, slots: Tensor, positions: Tensor) -> Tensor:
@@ -73,3 +77,20 @@ class Step:
         place = (memory.keys, memory.values, slots, positions)
         gpu.decoding.append_keys_(k, v, self.frequencies, *place)
         return gpu.decoding.attention_step(q, self.frequencies, *place).flatten(1) @ w["w_out"].T
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """What is launched within may run at the same time as what follows, until `_join`.
+
+        A step's products are too small to fill a GPU alone. What is launched in here must not be freed before the join.
+        """
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _join(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)

@@ -1,11 +1,13 @@
 """`fulmen bench`: ours beside every peer that is installed, checked before it is timed.
 
-Each module has `TABLES`, functions by name, each of which prints a table and gives back its numbers. Peers are
-optional; times of one table are of one run on one machine, and only their ratios should be compared with anything.
+Each module has `TABLES`, functions by name, each of which prints a table and gives back its numbers, and may have
+`EXTRA_TABLES`, which run only where they are named. Peers are optional; times of one table are of one run on one
+machine, and only their ratios should be compared with anything. `plots.py` draws pictures from results.
 """
 
 import importlib
 import json
+import traceback
 from pathlib import Path
 
 from fulmen.config import UserError
@@ -24,7 +26,8 @@ PEERS = ("transformers", "triton", "fla-core", "lightning-attn")
 def run(name: str, only: str | None = None, path: Path | None = None) -> None:
     """Print the tables of a benchmark, or the one named `only`; write machine and numbers to `path` as JSON.
 
-    Raises UserError for a GPU's benchmark without a GPU, a table that there is not, and results that are wrong.
+    A table that fails does not take the others along. Raises UserError for a GPU's benchmark without a GPU, a table
+    that there is not, and, at the end, for tables that failed: results are wrong, or an error whose traceback is shown.
     """
     import torch
 
@@ -34,15 +37,25 @@ def run(name: str, only: str | None = None, path: Path | None = None) -> None:
     if name != "cpu" and not torch.cuda.is_available():
         raise UserError(f"fulmen bench {name} needs a CUDA device, and there is none; fulmen bench cpu does not")
     try:
-        tables = importlib.import_module(f"fulmen.bench.{name}").TABLES
+        module = importlib.import_module(f"fulmen.bench.{name}")
     except ModuleNotFoundError as error:
         raise UserError(f"fulmen bench {name} needs the package {error.name}") from None
-    if only is not None and only not in tables:
-        raise UserError(f"fulmen bench {name} has no table {only!r}; there are {', '.join(tables)}")
+    tables, extra = module.TABLES, getattr(module, "EXTRA_TABLES", {})
+    if only is not None and only not in tables | extra:
+        raise UserError(f"fulmen bench {name} has no table {only!r}; there are {', '.join(tables | extra)}")
     machine = describe_machine(*PEERS, device="cpu" if name == "cpu" else "cuda")
     print(" ".join(f"{key}={value}" for key, value in machine.items()), flush=True)
-    results = {}
+    results, failures = {}, {}
     for table in tables if only is None else (only,):
-        results[table] = tables[table]()
-        if path is not None:  # after each, so that a table that fails does not take the others along
+        print(f"{table}:", flush=True)
+        try:
+            results[table] = (tables | extra)[table]()
+        except UserError as error:
+            failures[table] = str(error)
+        except Exception as error:
+            traceback.print_exc()
+            failures[table] = type(error).__name__
+        if path is not None:  # after each, so that whatever ends the process leaves what there is
             write_atomic(path, json.dumps({"machine": machine} | results, indent=2) + "\n")
+    if failures:
+        raise UserError("; ".join(f"table {table}: {text}" for table, text in failures.items()))

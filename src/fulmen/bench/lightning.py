@@ -1,7 +1,8 @@
 """Lightning attention beside its peers: forward, and forward with backward.
 
 Peers: flash-linear-attention's `chunk_simple_gla`, OpenNLPLab's lightning attention 2, PyTorch's softmax attention
-through cuDNN, and the floor: every tensor moved once at the copy rate measured in the same run.
+through cuDNN, and the floor: every tensor moved once at the copy rate measured in the same run. A peer that fails
+leaves one line of text in place of its time.
 """
 
 import functools
@@ -13,8 +14,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 
-from fulmen.bench.gpu import copy_rate, milliseconds, peak_bytes, relative_error, require, show
-from fulmen.ops.lightning import decay_rates
+from fulmen.bench.gpu import (
+    attempt,
+    copy_rate,
+    free_memory,
+    milliseconds,
+    milliseconds_alone,
+    peak_bytes,
+    quotient,
+    relative_error,
+    require,
+    show,
+)
+from fulmen.model import ModelConfig
+from fulmen.model.lightning import LightningAttention
+from fulmen.ops.lightning import decay_rates, lightning_attention
 from fulmen.ops.lightning.chunked import chunked_lightning_attention
 from fulmen.ops.lightning.triton import Tiling, triton_lightning_attention
 
@@ -23,7 +37,11 @@ SHAPES = ((1, 8192), (1, 32768), (1, 131072), (8, 2048), (4, 8192))
 SOFTMAX_UP_TO = 8192  # tokens; softmax attention is not worth the seconds beyond
 SLOW_UP_TO = 32768
 PACKED = (50, 4000, 700, 2300, 128, 1900, 333, 3000, 61, 2500, 1024, 388)  # tokens of the samples of one row
-LENGTHS = tuple(2**i for i in range(12, 21))  # 4K..1M
+LENGTHS = tuple(2**i for i in range(10, 18))  # 1K..128K
+LENGTHS_SOFTMAX_UP_TO = 32768
+LONG_LENGTHS = tuple(2**i for i in range(12, 21))  # 4K..1M
+MEMORY_LENGTH = 2**18
+LAYER = ModelConfig.preset("1b", num_heads=16, num_kv_heads=4)  # hidden 1024, heads of 128
 TILINGS = [
     Tiling(*sizes)
     for sizes in (
@@ -55,12 +73,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, borders: Tensor | 
     return triton_lightning_attention(q, k, v, rates, None, borders, **options)[0]
 
 
-def both_ways(function, leaves: list[Tensor]) -> tuple[float, float]:
-    """Milliseconds of the forward pass, and of forward and backward."""
-    d_out = torch.randn_like(leaves[2])
+def forward_time(function) -> float:
+    """Milliseconds."""
     with torch.no_grad():
-        forward = milliseconds(function)
-    return forward, milliseconds(lambda: torch.autograd.grad(function(), leaves, d_out))
+        return milliseconds(function)
+
+
+def training_time(function, leaves: list[Tensor]) -> float:
+    """Milliseconds of forward and backward."""
+    d_out = torch.randn_like(leaves[2])
+    return milliseconds(lambda: torch.autograd.grad(function(), leaves, d_out))
 
 
 def bench_peers() -> list[dict]:
@@ -75,17 +97,45 @@ def bench_peers() -> list[dict]:
 def row(name: str, batch: int, length: int, borders: Tensor | None, rate: float) -> dict:
     """One line of the table, in milliseconds."""
     leaves, rates = inputs(batch, length)
-    floor = leaves[0].nbytes / rate * 1e3
-    line = {"shape": name, "floor forward": 4 * floor, "floor training": 11 * floor}
     peers = {"ours": functools.partial(attention, *leaves, rates, borders=borders), "fla": fla(leaves, rates, borders)}
     if length <= SOFTMAX_UP_TO or borders is not None:
         peers["softmax"] = softmax(leaves, borders)
     if length <= SLOW_UP_TO and borders is None:
         peers["lightning2"] = lightning2(leaves, rates)
+    return show({"shape": name} | compare(peers, leaves, rate))
+
+
+def compare(peers: dict, leaves: list[Tensor], rate: float) -> dict:
+    """Milliseconds of the floor and of every peer that there is, and how they stand to ours."""
+    floor = leaves[0].nbytes / rate * 1e3
+    line = {"floor forward": 4 * floor, "floor training": 11 * floor}
     for peer, call in peers.items():
         if call is not None:
-            line[f"{peer} forward"], line[f"{peer} training"] = both_ways(call, leaves)
-    return show(line)
+            line[f"{peer} forward"] = attempt(lambda call=call: forward_time(call))
+            line[f"{peer} training"] = attempt(lambda call=call: training_time(call, leaves))
+    free_memory()
+    return line | ratios(line)
+
+
+def ratios(line: dict) -> dict[str, float]:
+    """Fla's times over ours, and ours over the floor, as far as they were measured."""
+    pairs = (("fla", "ours", "forward"), ("fla", "ours", "training"), ("ours", "floor", "forward"))
+    found = {f"{a} / {b} {what}": quotient(line.get(f"{a} {what}"), line.get(f"{b} {what}")) for a, b, what in pairs}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def bench_lengths() -> list[dict]:
+    """One sequence of growing length, ours beside fla and softmax, called from Python."""
+    rate, rows = copy_rate(), []
+    for length in (LENGTHS[0], *LENGTHS):  # the first is slow, whatever it is
+        leaves, rates = inputs(1, length)
+        peers = {"ours": functools.partial(attention, *leaves, rates), "fla": fla(leaves, rates)}
+        if length <= LENGTHS_SOFTMAX_UP_TO:
+            peers["softmax"] = softmax(leaves, None)
+        rows.append({"length": length} | compare(peers, leaves, rate))
+        if len(rows) > 1:
+            show(rows[-1])
+    return rows[1:]
 
 
 def fla(leaves: list[Tensor], rates: Tensor, borders: Tensor | None = None):
@@ -124,25 +174,63 @@ def softmax(leaves: list[Tensor], borders: Tensor | None):
 
 @torch.no_grad()
 def bench_flatness() -> list[dict]:
-    """Tokens a second of one layer's attention, forward, with 32 heads, from 4K to 1M tokens."""
-    rows = []
-    for length in (LENGTHS[0], *LENGTHS):
-        (q, k, v), rates = inputs(1, length, heads=32)
-        time = milliseconds(functools.partial(attention, q, k, v, rates), graph=True)
-        rows.append({"length": length, "tokens a second": length / time * 1e3})
-    return [show(line) for line in rows[1:]]  # the first is slow, whatever it is
+    """Tokens a second of attention alone, forward, with 32 heads and with the released model's 64, 4K to 1M tokens."""
+
+    def rate(heads: int, length: int) -> float:
+        # A million tokens of 64 heads are 17 GB a tensor: nothing is allocated but q, k, v and the output.
+        shape, rates = (1, length, heads, DIM), decay_rates(heads, 0, 80).cuda()
+        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        return length / milliseconds_alone(lambda: lightning_attention(q, k, v, rates)) * 1e3
+
+    return [show({"heads": heads} | flat_rates(functools.partial(rate, heads))) for heads in (32, 64)]
+
+
+@torch.no_grad()
+def bench_layer() -> list[dict]:
+    """Tokens a second of a whole lightning attention layer in bf16, forward, from 4K to 1M tokens."""
+    layer = LightningAttention(LAYER, 0).cuda().bfloat16()
+    layer.init_weights(1.0)
+
+    def rate(length: int) -> float:
+        x = torch.randn(1, length, LAYER.hidden_size, device="cuda", dtype=torch.bfloat16)
+        return length / milliseconds_alone(lambda: layer(x)) * 1e3
+
+    return [show({"hidden": LAYER.hidden_size, "heads": LAYER.num_heads} | flat_rates(rate))]
+
+
+def flat_rates(rate) -> dict:
+    """Tokens a second by length, and the spread of those that were measured."""
+    attempt(lambda: rate(LONG_LENGTHS[0]))  # the first is slow, whatever it is
+    found = {}
+    for length in LONG_LENGTHS:
+        found[str(length)] = attempt(lambda length=length: rate(length))
+        free_memory()
+        print(f"    {length}: {found[str(length)]}", flush=True)
+    return found | {"spread": spread([value for value in found.values() if not isinstance(value, str)])}
+
+
+def spread(values: list[float]) -> float | None:
+    """(max - min) / max."""
+    return (max(values) - min(values)) / max(values) if values else None
 
 
 def bench_memory() -> list[dict]:
     """Peak memory that forward and backward add at 256K tokens with 16 heads, beside fla's."""
-    leaves, rates = inputs(1, 2**18, heads=16)
+    leaves, rates = inputs(1, MEMORY_LENGTH, heads=16)
     d_out = torch.randn_like(leaves[2])
     line = {"q, k, v, out and gradients": 8 * leaves[0].nbytes}
     calls = {"ours": functools.partial(attention, *leaves, rates), "fla": fla(leaves, rates)}
     for peer, call in calls.items():
         if call is not None:
-            line[peer] = peak_bytes(lambda call=call: torch.autograd.grad(call(), leaves, d_out))
+            line[peer] = attempt(lambda call=call: peak_of_gradients(call, leaves, d_out))
+            free_memory()
     return [show(line)]
+
+
+def peak_of_gradients(call, leaves: list[Tensor], d_out: Tensor) -> int:
+    """Bytes; not of the first call, which may try several tilings."""
+    torch.autograd.grad(call(), leaves, d_out)
+    return peak_bytes(lambda: torch.autograd.grad(call(), leaves, d_out))
 
 
 def bench_tilings() -> list[dict]:
@@ -155,11 +243,20 @@ def bench_tilings() -> list[dict]:
             call = functools.partial(attention, *leaves, rates, tiling=tiling, segment=segment)
             try:
                 is_right = max(relative_errors(tiling, 300).values()) <= 5e-3
-                line["forward"], line["training"] = both_ways(call, leaves) if is_right else ("wrong", "wrong")
+                line["forward"] = forward_time(call) if is_right else "wrong"
+                line["training"] = training_time(call, leaves) if is_right else "wrong"
             except OutOfResources as error:
                 line["forward"] = str(error)
             rows.append(show(line))
     return rows
 
 
-TABLES = {"peers": bench_peers, "flatness": bench_flatness, "memory": bench_memory, "tilings": bench_tilings}
+TABLES = {
+    "peers": bench_peers,
+    "lengths": bench_lengths,
+    "flatness": bench_flatness,
+    "layer": bench_layer,
+    "memory": bench_memory,
+}
+EXTRA_TABLES = {"tilings": bench_tilings}
+"""Only where asked for: it takes minutes, and tells something to who works on the kernel alone."""

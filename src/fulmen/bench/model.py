@@ -1,11 +1,12 @@
 """Prefill and decoding of a model of 950 M parameters in bf16, beside transformers' `minimax` with the same weights."""
 
+import functools
 import tempfile
 from pathlib import Path
 
 import torch
 
-from fulmen.bench.gpu import copy_rate, relative_error, require, seconds, show
+from fulmen.bench.gpu import attempt, copy_rate, free_memory, quotient, relative_error, require, seconds, show
 from fulmen.checkpoint import save_model
 from fulmen.model import LanguageModel, ModelConfig
 
@@ -21,14 +22,20 @@ CONFIG = ModelConfig(
     expert_size=1024,
     max_positions=2**20,
 )
-PREFILLS = ((1, 2048), (1, 16384), (8, 4096))
+PREFILLS = ((1, 512), (1, 2048), (1, 16384), (8, 4096), (1, 65536))
 BATCHES, PROMPT, STEPS = (1, 8, 32), 128, 32
 
 
+@functools.cache
 def models() -> tuple[LanguageModel, torch.nn.Module | None]:
-    """Ours, and transformers' with the same weights if it is installed; stops if their logits differ in fp32."""
+    """Ours, and transformers' with the same weights if it is installed; stops if their logits differ in fp32.
+
+    Made once for all tables.
+    """
     torch.manual_seed(0)
-    ours = LanguageModel(CONFIG).cuda().eval()
+    with torch.device("cuda"):  # a billion normal numbers take a CPU half a minute
+        ours = LanguageModel(CONFIG)
+    ours = ours.cuda().eval()
     try:
         from transformers import MiniMaxForCausalLM
     except ImportError:
@@ -56,10 +63,10 @@ def bench_prefill() -> list[dict]:
 
         line = {"prompt": f"{batch} x {length}", "ours": batch * length / seconds(prefill)}
         if theirs is not None:
-            time = seconds(lambda tokens=tokens: theirs(tokens, use_cache=True, logits_to_keep=1), repeats=3, warmup=1)
-            line |= {"transformers": batch * length / time}
-            line["ratio"] = line["ours"] / line["transformers"]
+            line["transformers"] = attempt(lambda tokens=tokens: tokens.numel() / their_prefill(theirs, tokens))
+            line |= with_ratio(line["ours"], line["transformers"])
         rows.append(show(line))
+        free_memory()
     return rows
 
 
@@ -73,10 +80,21 @@ def bench_decoding() -> list[dict]:
         line = {"batch": batch, "ours": our_step(ours, prompt)}
         line["share of the copy rate"] = bytes_moved(batch) / rate * 1e3 / line["ours"]
         if theirs is not None:
-            line["transformers"] = their_step(theirs, prompt)
-            line["ratio"] = line["transformers"] / line["ours"]
+            line["transformers"] = attempt(lambda prompt=prompt: their_step(theirs, prompt))
+            line |= with_ratio(line["transformers"], line["ours"])
         rows.append(show(line))
+        free_memory()
     return rows
+
+
+def with_ratio(better: float | str, worse: float | str) -> dict[str, float]:
+    """Nothing where one of them failed."""
+    ratio = quotient(better, worse)
+    return {} if ratio is None else {"ratio": ratio}
+
+
+def their_prefill(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    return seconds(lambda: model(tokens, use_cache=True, logits_to_keep=1), repeats=3, warmup=1)
 
 
 def our_step(model: LanguageModel, prompt: torch.Tensor) -> float:

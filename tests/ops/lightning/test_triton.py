@@ -1,5 +1,9 @@
 """The GPU kernel beside the recurrence in float64: on a GPU where there is one, else under Triton's interpreter."""
 
+import functools
+import json
+import types
+
 import pytest
 import torch
 
@@ -103,6 +107,181 @@ def test_cpu_tensors_are_refused(gpu_device, make_case, monkeypatch):
         triton_lightning_attention(*make_case(8, key_dim=32, value_dim=32)[:5], None)
 
 
+@pytest.mark.parametrize(
+    ("heads", "samples", "name"),
+    [(64, 1, "wide"), (32, 1, "narrow"), (16, 1, "wide"), (8, 1, "wide"), (32, 2, "wide"), (8, 4, "narrow")],
+)
+def test_default_tiling_of_an_h100(gpu_device, heads, samples, name):
+    from fulmen.ops.lightning.triton import candidates, default_tiling
+
+    tiling = default_tiling(torch.bfloat16, 128, 128, heads * samples, processors=132)
+    assert tiling == candidates(torch.bfloat16, 128, 128)[name]
+
+
+@pytest.mark.parametrize(("dtype", "key_dim", "value_dim"), [(torch.float32, 64, 64), (torch.float16, 32, 256)])
+def test_no_choice_of_tilings(gpu_device, dtype, key_dim, value_dim):
+    from fulmen.ops.lightning.triton import candidates, default_tiling
+
+    (only,) = candidates(dtype, key_dim, value_dim).values()
+    assert {default_tiling(dtype, key_dim, value_dim, walks, processors=132) for walks in (1, 32, 1000)} == {only}
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "size", "is_compiling", "worth"),
+    [
+        (True, 2**16, False, True),
+        (False, 2**16, False, False),
+        (True, 2**16 - 1, False, False),
+        (True, 2**16, True, False),
+    ],
+)
+def test_when_tilings_are_timed(gpu_device, monkeypatch, is_cuda, size, is_compiling, worth):
+    from fulmen.ops.lightning import triton
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    assert triton._is_worth_a_trial(types.SimpleNamespace(is_cuda=is_cuda), size) == worth
+
+
+class Trials(list):
+    """Passes of every timed run, on a clock that likes one tiling; `file` holds the answers."""
+
+    def __init__(self, file, fastest):
+        self.file, self.fastest = file, fastest
+
+    def answers(self):
+        return json.loads(self.file.read_text()) if self.file.exists() else {}
+
+
+@pytest.fixture
+def trials(gpu_device, tmp_path, monkeypatch):
+    """Every call is worth a trial, in a new process as it were, and the clock is the test's."""
+    from fulmen.ops.gpu import tuning
+    from fulmen.ops.lightning import triton
+
+    trials, tilings = Trials(tmp_path / "fulmen" / "choices-test.json", "narrow"), []
+
+    def watch(name):
+        original = getattr(triton._Lightning, name)
+
+        def call(context, *arguments):
+            if isinstance(context, triton._Trial):
+                trials[-1].append(name)
+            return original(context, *arguments)
+
+        monkeypatch.setattr(triton._Lightning, name, staticmethod(call))
+
+    def seconds(run):
+        trials.append([])
+        run()
+        return 1.0 if tilings[-1] == triton.candidates(torch.float16, 32, 32)[trials.fastest] else 2.0
+
+    def trial(*arguments, **options):
+        tilings.append(arguments[4])
+        return original_trial(*arguments, **options)
+
+    original_trial = triton._trial
+    watch("forward")
+    watch("backward")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(triton, "_trial", trial)
+    monkeypatch.setattr(triton, "_book", lambda _: trials.file.name)
+    monkeypatch.setattr(triton, "_is_worth_a_trial", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "gpu_seconds", seconds)
+    tuning._taken.cache_clear()
+    yield trials
+    tuning._taken.cache_clear()
+
+
+@pytest.fixture
+def half_case(gpu_device, make_case):
+    case = make_case(96, borders=[0, 60, 96], key_dim=32, value_dim=32, dtype=torch.float16)
+    return case._replace(**{n: x.to(gpu_device) for n, x in case._asdict().items()})
+
+
+QUESTION = "torch.float16 K=32 V=32 heads=3 tokens=64 samples=2"
+
+
+def test_the_fastest_tiling_is_taken(trials, half_case):
+    from fulmen.ops.lightning import triton
+
+    tiling = triton.candidates(torch.float16, 32, 32)["narrow"]
+    chosen = half_case.results(triton.triton_lightning_attention)
+    assert trials == [["forward", "backward"]] * 3
+    assert trials.answers() == {f"{QUESTION} forward and backward": "narrow"}
+    expected = half_case.results(functools.partial(triton.triton_lightning_attention, tiling=tiling))
+    trials.fastest = "shallow"
+    again = half_case.results(triton.triton_lightning_attention)
+    assert len(trials) == 3
+    assert all(torch.equal(chosen[n], expected[n]) and torch.equal(again[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("why", ["no grad", "no leaf"])
+def test_without_gradients_the_forward_pass_decides(trials, half_case, why):
+    from fulmen.ops.lightning.triton import triton_lightning_attention
+
+    half_case.k.requires_grad_(why == "no grad")
+    with torch.set_grad_enabled(why != "no grad"):
+        triton_lightning_attention(*half_case[:6])
+    assert trials == [["forward"]] * 3
+    assert trials.answers() == {f"{QUESTION} forward": "narrow"}
+
+
+def test_trials_of_silu_leave_no_trace(trials):
+    """Neither in gradients nor in what autograd keeps, which checkpointing counts."""
+    from fulmen.ops.lightning.triton import triton_silu_lightning_attention
+
+    device = "cpu" if INTERPRETED else "cuda"
+    qkv = torch.randn(2, 40, 3, 3, 32, device=device).half().requires_grad_()
+    rates, before, kept = torch.rand(3, device=device), qkv.detach().clone(), []
+    for _ in range(2):
+        kept.append([])
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(tuple(x.shape)) or x, lambda x: x):
+            triton_silu_lightning_attention(qkv, rates, None, None)
+    assert trials == [["forward", "backward"]] * 3
+    assert kept[0] == kept[1]
+    assert qkv.grad is None
+    assert torch.equal(qkv, before)
+
+
+def test_nothing_is_timed_while_a_graph_is_recorded(trials, half_case, monkeypatch):
+    from fulmen.ops.lightning.triton import triton_lightning_attention
+
+    with torch.no_grad():
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        triton_lightning_attention(*half_case[:6])
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        triton_lightning_attention(*half_case[:6])
+    assert trials == []
+    assert trials.answers() == {}
+
+
+def test_a_tiling_too_large_for_the_gpu_loses(trials, half_case, monkeypatch):
+    from fulmen.ops.gpu import tuning
+    from fulmen.ops.lightning import triton
+
+    seconds = tuning.gpu_seconds
+
+    def clock(run):
+        if len(trials) == 2:
+            trials.append([])
+            raise triton.OutOfResources(2, 1, "shared memory")
+        return seconds(run)
+
+    trials.fastest = "shallow"
+    monkeypatch.setattr(tuning, "gpu_seconds", clock)
+    with torch.no_grad():
+        triton.triton_lightning_attention(*half_case[:6])
+    assert len(trials) == 3
+    assert list(trials.answers().values()) == ["wide"]
+
+
+def test_questions_are_few(gpu_device):
+    from fulmen.ops.lightning.triton import _rounded
+
+    assert [_rounded(n, 64) for n in (1, 2, 3, 63, 64, 65, 10**6)] == [1, 2, 2, 32, 64, 64, 64]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU: too long for the interpreter")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-3), (torch.float16, 5e-3), (torch.float32, 1e-5)])
@@ -123,3 +302,33 @@ def test_long_on_a_gpu(make_case, compare, poisoned_memory, length, borders, dty
     compare(results, truth, tolerance)
     again = case.results(triton_lightning_attention)
     assert all(torch.equal(results[name], again[name]) for name in results)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU's clock")
+def test_tilings_are_timed_on_a_gpu(make_case, tmp_path, monkeypatch):
+    """Once for all calls alike, and a recorded graph computes what the calls beside it do, bit for bit."""
+    from fulmen.ops.gpu import tuning
+    from fulmen.ops.lightning import triton
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuning._taken.cache_clear()
+    timed, seconds = [], tuning.gpu_seconds
+    monkeypatch.setattr(tuning, "gpu_seconds", lambda run: timed.append(seconds(run)) or timed[-1])
+    case = make_case(30_000, heads=(0, 20, 40, 63), key_dim=128, value_dim=128, dtype=torch.bfloat16)
+    case = case._replace(**{n: x.cuda() for n, x in case._asdict().items() if x is not None})
+    first, second = (case.results(triton.triton_lightning_attention) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(timed) == 3
+    assert all(0 < time < 1 for time in timed)
+    with torch.no_grad():
+        out, _ = triton.triton_lightning_attention(*case[:6])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded, _ = triton.triton_lightning_attention(*case[:6])
+    graph.replay()
+    assert torch.equal(recorded, out)
+    assert len(timed) == 6
+    (file,) = (tmp_path / "fulmen").iterdir()
+    assert set(json.loads(file.read_text()).values()) <= triton.candidates(torch.bfloat16, 128, 128).keys()
+    tuning._taken.cache_clear()

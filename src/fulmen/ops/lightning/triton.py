@@ -7,6 +7,9 @@ Letters: N samples cut into M segments, H heads, K and V the widths of a, b and 
 
 import functools
 import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,12 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.runtime.errors import OutOfResources
 
-from fulmen.ops.gpu import DTYPES, apply
+from fulmen.ops.gpu import DTYPES, apply, tuning
 from fulmen.ops.packing import sample_borders
 
 WIDTHS = (32, 64, 96, 128, 256)
 """Key and value widths that the kernel takes."""
+
+WORTH_A_TRIAL = 2**16
+"""Tokens times heads from which tilings are timed: fewer take an H100 less than 30 us, and launching decides."""
+
+MOST_TOKENS, MOST_SAMPLES = 2**16, 2**6
+"""Of a question about tilings: with more tokens programs only walk longer, with more samples only more of them wait."""
 
 
 class Tiling(NamedTuple):
@@ -45,13 +55,13 @@ def triton_lightning_attention(
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, H, V] and final states [B or N, H, K, V]; see `fulmen.ops.lightning.lightning_attention`.
 
-    `segment` tokens of a sample are walked by one program; None: as many as fill the GPU with programs.
+    `segment` tokens of a sample are walked by one program; None: as many as fill the GPU with programs. A `tiling` of
+    None is the fastest of `candidates`, timed once where that is worth it.
     """
     refusal = why_not(q, v)
     if refusal is not None:
         raise ValueError(f'backend "triton" {refusal}')
     shape, values = q.shape[:3], v.shape[3]
-    tiling = tiling or default_tiling(q.dtype, q.shape[3], values)
     flat = [_rows(x.reshape(-1, *x.shape[2:])) for x in (q, k, v)]
     return _attend(flat, shape, values, rates, state, cu_seqlens, tiling, segment)
 
@@ -60,9 +70,8 @@ def triton_silu_lightning_attention(
     qkv: Tensor, rates: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The same of q, k, v = SiLU(qkv) [B, T, H, 3, D], whose gradient is put together in place."""
-    size = qkv.shape[4]
     flat = [qkv.reshape(-1, *qkv.shape[2:])]
-    return _attend(flat, qkv.shape[:3], size, rates, state, cu_seqlens, default_tiling(qkv.dtype, size, size), None)
+    return _attend(flat, qkv.shape[:3], qkv.shape[4], rates, state, cu_seqlens, None, None)
 
 
 def _attend(
@@ -72,16 +81,25 @@ def _attend(
     rates: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
-    tiling: Tiling,
+    tiling: Tiling | None,
     segment: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Of the tokens of all samples laid end to end: q, k, v, or their one tensor before SiLU; shape is [B, T, H]."""
     batch, length, heads = shape
-    borders = tuple(sample_borders(batch, length, cu_seqlens))
-    if segment is None:
-        segment = _segment_length(borders, heads * triton.cdiv(values, tiling.columns), flat[0].device)
-    segments = Segments.cut(borders, segment, flat[0].device)
-    out, final = apply(_Lightning, rates.contiguous(), state, segments, tiling, *flat)
+    borders, rates = tuple(sample_borders(batch, length, cu_seqlens)), rates.contiguous()
+
+    def cut(tiling: Tiling) -> Segments:
+        programs = heads * triton.cdiv(values, tiling.columns)
+        return Segments.cut(borders, segment or _segment_length(borders, programs, flat[0].device), flat[0].device)
+
+    if tiling is None:
+        wants_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*flat, state))
+
+        def seconds(tiling: Tiling) -> float:
+            return _trial(flat, rates, state, cut(tiling), tiling, backward=wants_gradients)
+
+        tiling = _choose_tiling(flat[0], values, len(borders) - 1, wants_gradients, seconds)
+    out, final = apply(_Lightning, rates, state, cut(tiling), tiling, *flat)
     return out.view(*shape, values), final
 
 
@@ -97,20 +115,106 @@ def why_not(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def default_tiling(dtype: torch.dtype, key_dim: int, value_dim: int) -> Tiling:
-    """The tiling that is right for most lengths."""
+def candidates(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, Tiling]:
+    """The tilings of which any may be fastest, by name."""
     if dtype == torch.float32:
-        return Tiling(block=32, columns=32, warps=4, stages=1)
+        return {"narrow": Tiling(block=32, columns=32, warps=4, stages=1)}
     if max(key_dim, value_dim) > 128:
-        return Tiling(block=64, columns=32, warps=4, stages=2)
-    return Tiling(block=64, columns=min(64, triton.next_power_of_2(value_dim)), warps=4, stages=3)
+        return {"narrow": Tiling(block=64, columns=32, warps=4, stages=2)}
+    return {
+        "wide": Tiling(block=64, columns=64, warps=4, stages=3),
+        "narrow": Tiling(block=64, columns=32, warps=4, stages=3),
+        "shallow": Tiling(block=64, columns=64, warps=4, stages=2),
+    }
+
+
+def default_tiling(dtype: torch.dtype, key_dim: int, value_dim: int, walks: int, processors: int) -> Tiling:
+    """What is taken where nothing is timed; `walks` are heads times samples.
+
+    Narrow programs are slower, but more: right where they fill the GPU with whole samples and wide ones do not.
+    """
+    tilings = candidates(dtype, key_dim, value_dim)
+    first, narrow = next(iter(tilings.values())), tilings["narrow"]
+    fills = {tiling: _fill(walks * triton.cdiv(value_dim, tiling.columns), processors) for tiling in (first, narrow)}
+    return narrow if fills[narrow] and not fills[first] else first
+
+
+def _choose_tiling(
+    x: Tensor, values: int, samples: int, wants_gradients: bool, seconds: Callable[[Tiling], float]
+) -> Tiling:
+    """For x [T, H, ..., K], the first of the inputs; `seconds` times a tiling on them."""
+    tokens, heads, keys = len(x), x.shape[1], x.shape[-1]
+    default = default_tiling(x.dtype, keys, values, heads * samples, _processors(x.device))
+    tilings = candidates(x.dtype, keys, values)
+    if len(tilings) == 1 or not _is_worth_a_trial(x, tokens * heads):
+        return default
+    rounded = (_rounded(tokens, MOST_TOKENS), _rounded(samples, MOST_SAMPLES))
+    question = f"{x.dtype} K={keys} V={values} heads={heads} tokens={rounded[0]} samples={rounded[1]}"
+    question += " forward and backward" if wants_gradients else " forward"
+    # Nobody can time while launches are only recorded. What is taken then holds for the runs beside the graph too.
+    seconds = None if torch.cuda.is_current_stream_capturing() else seconds
+    default_first = dict(sorted(tilings.items(), key=lambda item: item[1] != default))
+    return tuning.choose(question, default_first, seconds, book=_book(x.device))
+
+
+@functools.cache
+def _book(device: torch.device) -> str:
+    return tuning.book_name(torch.cuda.get_device_name(device), Path(__file__))
+
+
+def _is_worth_a_trial(x: Tensor, size: int) -> bool:
+    return x.is_cuda and size >= WORTH_A_TRIAL and not torch.compiler.is_compiling()
+
+
+def _rounded(number: int, most: int) -> int:
+    """Down to a power of two, so that there are few questions."""
+    return min(most, 1 << (number.bit_length() - 1))
+
+
+@torch.no_grad()
+def _trial(
+    flat: list[Tensor], rates: Tensor, state: Tensor | None, segments: "Segments", tiling: Tiling, *, backward: bool
+) -> float:
+    """Seconds of a pass over these inputs, or of both passes; infinity if this GPU cannot run the tiling.
+
+    Autograd takes no part: those who watch what it keeps, such as checkpointing, must not notice.
+    """
+
+    def run() -> None:
+        context = _Trial()
+        _, final = _Lightning.forward(context, rates, state, segments, tiling, *flat)
+        if backward:
+            # Any gradient of the outputs will do; the values have its shape.
+            values = flat[0][:, :, 2] if len(flat) == 1 else flat[2]
+            _Lightning.backward(context, values, torch.zeros_like(final))
+
+    try:
+        return tuning.gpu_seconds(run)
+    except OutOfResources:
+        return math.inf
+
+
+class _Trial:
+    """The context of passes without autograd."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _fill(programs: int, processors: int) -> bool:
+    """Whether so many programs keep the GPU busy: measured, two for three multiprocessors do."""
+    return 3 * programs >= 2 * processors
 
 
 def _segment_length(borders: tuple[int, ...], programs_per_segment: int, device: torch.device) -> int:
     """One segment a sample where samples fill the GPU, else segments of equal length, about two per multiprocessor."""
     longest = max(b - a for a, b in itertools.pairwise(borders))
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    if 3 * programs_per_segment * (len(borders) - 1) >= 2 * processors:
+    processors = _processors(device)
+    if _fill(programs_per_segment * (len(borders) - 1), processors):
         return longest
     share = triton.cdiv(borders[-1] * programs_per_segment, 2 * processors)
     return min(longest, max(512, triton.cdiv(share, 128) * 128))

@@ -245,15 +245,21 @@ def test_trials_of_silu_leave_no_trace(trials):
 
 
 def test_nothing_is_timed_while_a_graph_is_recorded(trials, half_case, monkeypatch):
-    from fulmen.ops.lightning.triton import triton_lightning_attention
+    """The default is taken then, and by later calls of this process too."""
+    from fulmen.ops.gpu import tuning
+    from fulmen.ops.lightning import triton
 
+    asked, narrow = [], triton.candidates(torch.float16, 32, 32)["narrow"]
+    monkeypatch.setattr(triton, "default_tiling", lambda *arguments: asked.append(arguments) or narrow)
     with torch.no_grad():
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        triton_lightning_attention(*half_case[:6])
+        triton.triton_lightning_attention(*half_case[:6])
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        triton_lightning_attention(*half_case[:6])
+        triton.triton_lightning_attention(*half_case[:6])
     assert trials == []
     assert trials.answers() == {}
+    assert tuning._taken(trials.file.name) == {f"{QUESTION} forward": "narrow"}
+    assert asked[0][3] == 3 * 2  # heads times samples
 
 
 def test_a_tiling_too_large_for_the_gpu_loses(trials, half_case, monkeypatch):

@@ -128,6 +128,7 @@ def candidates(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, Ti
     }
 
 
+@functools.cache
 def default_tiling(dtype: torch.dtype, key_dim: int, value_dim: int, walks: int, processors: int) -> Tiling:
     """What is taken where nothing is timed; `walks` are heads times samples.
 
@@ -145,8 +146,10 @@ def _choose_tiling(
     """For x [T, H, ..., K], the first of the inputs; `seconds` times a tiling on them."""
     tokens, heads, keys = len(x), x.shape[1], x.shape[-1]
     default = default_tiling(x.dtype, keys, values, heads * samples, _processors(x.device))
+    if not _is_worth_a_trial(x, tokens * heads):
+        return default
     tilings = candidates(x.dtype, keys, values)
-    if len(tilings) == 1 or not _is_worth_a_trial(x, tokens * heads):
+    if len(tilings) == 1:
         return default
     rounded = (_rounded(tokens, MOST_TOKENS), _rounded(samples, MOST_SAMPLES))
     question = f"{x.dtype} K={keys} V={values} heads={heads} tokens={rounded[0]} samples={rounded[1]}"

@@ -21,7 +21,7 @@ SPLITS = 64
 """Programs at most that share the keys of one sequence and key head."""
 
 ROWS = 16
-"""The fewest rows that a matrix product takes."""
+"""Tokens of an expert at a time: the fewest rows that a matrix product takes."""
 
 
 def lightning_step_(
@@ -104,8 +104,7 @@ def _few_products(x: Tensor, weight: Tensor, experts: Tensor, *, is_first: bool)
     _few_kernel[(triton.cdiv(n, columns), groups)](
         x, weight, experts.contiguous(), out, tokens * k, k if is_first else 1, n, size,
         ONE=tokens == 1, GATED=is_first, CHOICES=max(16, triton.next_power_of_2(tokens * k)),
-        ROWS=min(64, max(ROWS, triton.next_power_of_2(tokens))), COLUMNS=columns,
-        DEPTH=min(depth, max(16, triton.next_power_of_2(size))),
+        ROWS=ROWS, COLUMNS=columns, DEPTH=min(depth, max(16, triton.next_power_of_2(size))),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=2, num_stages=3,
     )  # fmt: skip
     return out

@@ -215,16 +215,15 @@ def spread(values: list[float]) -> float | None:
 
 
 def bench_memory() -> list[dict]:
-    """Peak memory that forward and backward add at 256K tokens with 16 heads, beside fla's."""
-    leaves, rates = inputs(1, MEMORY_LENGTH, heads=16)
-    d_out = torch.randn_like(leaves[2])
-    line = {"q, k, v, out and gradients": 8 * leaves[0].nbytes}
-    calls = {"ours": functools.partial(attention, *leaves, rates), "fla": fla(leaves, rates)}
-    for peer, call in calls.items():
+    """Peak memory that forward and backward add at 256K tokens, beside fla's, which tries kernels for minutes first."""
+    leaves, rates = inputs(1, MEMORY_LENGTH, heads=32)
+    d_out, rows = torch.randn_like(leaves[2]), []
+    for name, call in {"ours": functools.partial(attention, *leaves, rates), "fla": fla(leaves, rates)}.items():
         if call is not None:
-            line[peer] = attempt(lambda call=call: peak_of_gradients(call, leaves, d_out))
+            line = {"name": name, "bytes of q, k, v, out and gradients": 8 * leaves[0].nbytes}
+            rows.append(show(line | {"peak": attempt(lambda call=call: peak_of_gradients(call, leaves, d_out))}))
             free_memory()
-    return [show(line)]
+    return rows
 
 
 def peak_of_gradients(call, leaves: list[Tensor], d_out: Tensor) -> int:

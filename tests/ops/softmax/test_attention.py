@@ -120,3 +120,25 @@ def test_a_prompts_later_pieces_on_a_gpu(heads):
     truth = naive_softmax_attention(q.double(), k.double(), v.double(), None)
     error = (softmax_attention(q, k, v).double() - truth).norm() / truth.norm()
     assert error < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a CPU takes sample by sample, tested above")
+@pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (8, 2)])
+def test_many_samples_on_a_gpu(heads, key_heads):
+    borders = torch.tensor([0, 1, 2, 65, 200, 337, 338, 900], dtype=torch.int32)
+    leaves = [torch.randn(1, 900, n, 64, device="cuda", dtype=torch.bfloat16) for n in (heads, key_heads, key_heads)]
+    d_out, results = torch.randn_like(leaves[0]), []
+    for function, dtype in ((softmax_attention, torch.bfloat16), (naive_softmax_attention, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        out = function(*leaves, borders if dtype == torch.bfloat16 else borders.cuda())
+        results.append([out, *torch.autograd.grad(out, leaves, d_out.to(dtype))])
+    for ours, truth in zip(*results, strict=True):
+        assert (ours.double() - truth).norm() / truth.norm() < 1e-2
+    with torch.no_grad():
+        for x in leaves:
+            x[0, 70] = float("nan")
+        out = softmax_attention(*(x.bfloat16() for x in leaves), borders)
+    others = [*range(65), *range(200, 900)]
+    assert out[:, others].isfinite().all()
+    assert out[:, 70].isnan().all()

@@ -38,7 +38,7 @@ def lightning_step_(
     columns = min(32, triton.next_power_of_2(values))
     _lightning_kernel[(triton.cdiv(values, columns), heads, batch)](
         q, k, v, rates, pool, slots, out, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *pool.stride()[:2],
-        K=keys, V=values, BLOCK_K=triton.next_power_of_2(keys), COLUMNS=columns, SILU=silu, num_warps=2,
+        K=keys, V=values, BLOCK_K=triton.next_power_of_2(keys), COLUMNS=columns, SILU=silu, num_warps=2, **early(q),
     )  # fmt: skip
     return out
 
@@ -106,6 +106,7 @@ def _few_products(x: Tensor, weight: Tensor, experts: Tensor, *, is_first: bool)
         ONE=tokens == 1, GATED=is_first, CHOICES=max(16, triton.next_power_of_2(tokens * k)),
         ROWS=ROWS, COLUMNS=columns, DEPTH=min(depth, max(16, triton.next_power_of_2(size))),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=2, num_stages=3,
+        **early(x),
     )  # fmt: skip
     return out
 
@@ -138,8 +139,23 @@ def add_norm(
         normed, branch, mix, weight, out, *(router or (None,) * 4), alpha, beta, size, num_experts, eps,
         K=k, MIXED=mix is not None, WIDTH=width, ROUTED=routed, CHOSEN=chosen, EXPERTS=experts,
         GROUP=max(1, min(experts, 16384 // width)), num_warps=min(16, max(1, width // (128 if routed else 256))),
+        **early(normed),
     )  # fmt: skip
     return out
+
+
+def early(x: Tensor) -> dict[str, bool]:
+    """Options with which a launch begins while the one before it ends, from Hopper on: for kernels that `_wait` first."""
+    is_able = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if is_able else {}
+
+
+@triton.jit
+def _wait(EARLY: tl.constexpr):
+    """Let the next kernel be scheduled, then wait for all that the ones before wrote."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -152,8 +168,10 @@ def _silu(x, SILU: tl.constexpr):
 def _lightning_kernel(
     p_q, p_k, p_v, p_rates, p_pool, p_slots, p_out, q_b, q_h, k_b, k_h, v_b, v_h, pool_s, pool_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """One head of one sequence, some columns of its state: read, decayed, added to, read out and written once."""
+    _wait(EARLY)
     i_v, h, b = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_k, heads = tl.arange(0, BLOCK_K), tl.num_programs(1)
     slot = tl.load(p_slots + b).to(tl.int64)
@@ -264,9 +282,10 @@ def _combine_kernel(
 def _few_kernel(
     p_x, p_weight, p_experts, p_out, choices, per_row, n, size,
     ONE: tl.constexpr, GATED: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Some output columns of one expert, for its choices ROWS at a time."""
+    _wait(EARLY)
     i_n, c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, CHOICES)
     group, r = tl.program_id(1), tl.arange(0, ROWS)
     chosen = tl.load(p_experts + c, mask=c < choices, other=-1)
@@ -306,7 +325,9 @@ def _add_norm_kernel(
     p_normed, p_branch, p_mix, p_weight, p_out, p_router, p_experts, p_weights, p_probs,
     alpha, beta, size, num_experts, eps, K: tl.constexpr, MIXED: tl.constexpr, WIDTH: tl.constexpr,
     ROUTED: tl.constexpr, CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, GROUP: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
+    _wait(EARLY)
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     ok = i < size
     branch = tl.zeros((WIDTH,), dtype=tl.float32)

@@ -14,7 +14,7 @@ from fulmen.config import UserError
 
 NAMES = {
     "lightning": "lightning attention, forward and backward (a GPU)",
-    "decode": "the next token's kernel over slots of a pool (a GPU)",
+    "decode": "the next token's kernel over slots of a pool, and batches of unlike lengths (a GPU)",
     "experts": "the mixture of experts beside its bare products (a GPU)",
     "model": "prefill and decoding of a whole model (a GPU)",
     "train": "training steps against the samples' length (a GPU)",

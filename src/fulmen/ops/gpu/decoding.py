@@ -145,7 +145,7 @@ def add_norm(
 
 
 def early(x: Tensor) -> dict[str, bool]:
-    """Options with which a launch begins while the one before it ends, from Hopper on: for kernels that `_wait` first."""
+    """Options of a launch that begins while the one before it ends, from Hopper on; its kernel must `_wait` first."""
     is_able = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if is_able else {}
 

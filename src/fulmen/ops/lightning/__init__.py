@@ -3,7 +3,8 @@
     S_t = exp(-s) S_{t-1} + k_t v_t^T        o_t = q_t^T S_t            (MiniMax-01, section 2.2)
 
 `naive.py` is the definition, `chunked.py` computes the same with matrix products, `triton.py` in one pass on a GPU;
-`fulmen.ops.cpu` has a kernel for the next token of a sequence; README.md has the mathematics.
+`fulmen.ops.cpu` has a kernel for the next token of a sequence, `batch.py` takes sequences of one and of several new
+tokens together; README.md has the mathematics.
 """
 
 import functools

@@ -3,8 +3,8 @@
 `norm`, `swiglu`, `rotary` and `loss` are the passes between matrix products, `experts` sorts tokens by expert without a
 word to the host, `decoding` has the next token of each sequence, and `step` all layers of it; `tuning` chooses among
 tilings. The operations of `fulmen.ops` come here by themselves where `serves` says so; nothing else need call these
-functions. Kernels for lightning attention over a sequence are in `fulmen.ops.lightning.triton`; docs/gpu.md has what all
-of them reach.
+functions. Kernels for lightning attention over a sequence are in `fulmen.ops.lightning.triton`; docs/gpu.md has what
+all of them reach.
 """
 
 import importlib

@@ -91,6 +91,16 @@ def attention_step(dtype: torch.dtype) -> Iterable[Tensor]:
         yield from (keys, values, gpu.decoding.attention_step(q, *place))
 
 
+def paged_attention_step(dtype: torch.dtype) -> Iterable[Tensor]:
+    """The pages of each sequence's tokens, the last of which may not be full."""
+    q, k, v = (randn(3, heads, 40, dtype=dtype) for heads in (6, 2, 2))
+    keys, values = randn(2, 7, 16, 2, 40, dtype=dtype)
+    pages = gpu.decoding.Tables(int32(0, 0, 4), int32(6, 1, 0, 3, 5))
+    place = (rotary_frequencies(24, 1e4, DEVICE), keys, values, int32(4, -1, 0), int32(50, 0, 15), pages)
+    gpu.decoding.append_keys_(k, v, *place)
+    yield from (keys, values, gpu.decoding.attention_step(q, *place, longest=300))
+
+
 def experts_step(dtype: torch.dtype) -> Iterable[Tensor]:
     w13, w2 = randn(5, 2 * 40, 136, dtype=dtype), randn(5, 136, 40, dtype=dtype)
     for tokens in (1, 7):
@@ -148,8 +158,8 @@ def loss(dtype: torch.dtype) -> Iterable[Tensor]:
 
 
 CHECKS = (
-    lightning, lightning_silu, lightning_tilings, lightning_step, attention_step, experts_step, add_norm_step, experts,
-    norm, gated, rotary, loss,
+    lightning, lightning_silu, lightning_tilings, lightning_step, attention_step, paged_attention_step, experts_step,
+    add_norm_step, experts, norm, gated, rotary, loss,
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import torch
 
 from fulmen.cli import _parser, main
 from fulmen.run import RunDirectory, SnapshotStore
+from fulmen.serve.sampling import Drawn
 from fulmen.train import Trainer
 
 RECIPE = """
@@ -415,7 +416,7 @@ class TestGenerate:
 
     def test_a_prompt_that_is_too_long(self, fulmen, finished):
         out = assert_refused(
-            fulmen("generate", finished, "--prompt", "keys and values " * 100), "the model has 128 positions"
+            fulmen("generate", finished, "--prompt", "keys and values " * 100), "128 is the longest context here"
         )
         assert out == ""
 
@@ -443,13 +444,13 @@ class TestGenerate:
     def test_ctrl_c_ends_the_line(self, fulmen, finished, monkeypatch):
         calls = []
 
-        def sample(logits, params, generator):
+        def sample(logits, draws):
             calls.append(1)
             if len(calls) == 4:
                 raise KeyboardInterrupt
-            return 75
+            return [Drawn(75)]
 
-        monkeypatch.setattr("fulmen.serve.generate.sample", sample)
+        monkeypatch.setattr("fulmen.serve.engine.sample", sample)
         code, out, err = fulmen("generate", finished, "-p", "keys")
         assert (code, err) == (130, "fulmen: interrupted\n")
         assert out.endswith("\n")
@@ -482,14 +483,15 @@ class TestChat:
     def test_the_system_message_counts(self, fulmen, finished, stdin):
         code, _, err = self.chat(fulmen, stdin, finished, "keys?\n", "--system", "Be short. " * 50)
         assert (code, err) == (0, "")
-        assert "the model has 128 positions" in self.chat(fulmen, stdin, finished, "keys?\n", "--system", "a " * 90)[1]
+        out = self.chat(fulmen, stdin, finished, "keys?\n", "--system", "a " * 90)[1]
+        assert "128 is the longest context here" in out
 
     def test_a_conversation_that_is_too_long_can_be_begun_anew(self, fulmen, finished, stdin):
         code, out, _ = self.chat(fulmen, stdin, finished, "a " * 200 + "\n/reset\nkeys?\n")
         assert code == 0
         refused, answered = re.findall(r"ai: (.*)", out)
         assert re.fullmatch(
-            r"\[the prompt has \d+ tokens; the model has 128 positions, .*; /reset starts anew\]", refused
+            r"\[the prompt has \d+ tokens; 128 is the longest context here, .*; /reset starts anew\]", refused
         )
         assert answered
 

@@ -1,7 +1,12 @@
 """Caches: keys and values that grow, states that do not."""
 
+import dataclasses
+
+import pytest
 import torch
 
+from fulmen.config import UserError
+from fulmen.model import LanguageModel
 from fulmen.model.cache import Cache, KeyValues, LightningState
 
 
@@ -52,3 +57,12 @@ def test_a_lightning_state_does_not_grow(config, model):
         assert state.dtype == torch.float32
     assert cache.length == 52
     assert cache.layers[2].length == 52
+
+
+@torch.no_grad()
+def test_a_cache_is_for_its_model(config, model):
+    cache = LanguageModel(dataclasses.replace(config, num_layers=6)).new_cache(1)
+    with pytest.raises(UserError, match="a model of another configuration"):
+        model(torch.ones(1, 1, dtype=torch.int64), cache=cache)
+    equal = LanguageModel(dataclasses.replace(config)).new_cache(1)
+    model(torch.ones(1, 1, dtype=torch.int64), cache=equal)

@@ -73,16 +73,27 @@ def test_half_of_a_head_is_rotated_unless_said_otherwise():
 
 def test_memory_at_inference():
     config = ModelConfig.preset("minimax-text-01")
-    memory = config.estimate_memory(context=1000, batch=3, weight_bytes=1, cache_bytes=2)
-    assert memory.weights == config.count_parameters().total
+    memory = config.estimate_memory(context=1000, batch=3, dtype="int8")
+    assert memory.weights == 458_828_541_952
     # Section 1: 293.6 MB of state per request whatever the length, 40 960 B of keys and values per token.
     assert memory.state == 3 * 293_601_280
     assert memory.key_values == 3 * 1000 * 40_960
 
 
+def test_int8_weights_are_counted_by_their_shapes(model, config):
+    """Norms, routers, embedding and head stay in bf16; the others have one fp32 scale a row."""
+    expected = 0
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or "moe.gate" in name or "embed" in name or "lm_head" in name:
+            expected += 2 * parameter.numel()
+        else:
+            expected += parameter.numel() + 4 * parameter.numel() // parameter.shape[-1]
+    assert config.weight_bytes("int8") == expected
+
+
 def test_estimated_caches_are_the_caches(config, model):
     model(torch.zeros(2, 7, dtype=torch.int64), cache=(cache := model.new_cache(2)))
-    memory = config.estimate_memory(context=7, batch=2, weight_bytes=4, cache_bytes=4)
+    memory = config.estimate_memory(context=7, batch=2, dtype="float32")
     lightning = [layer for layer, kind in zip(cache.layers, config.layers, strict=True) if kind == "L"]
     softmax = [layer for layer, kind in zip(cache.layers, config.layers, strict=True) if kind == "S"]
     assert memory.state == sum(layer.state.nbytes for layer in lightning)

@@ -10,13 +10,23 @@ from fulmen.model import PRESETS
 PAGE = (Path(__file__).parents[2] / "docs" / "model.md").read_text()
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
 def test_the_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names = {}
-    exec(example, names)
+    exec(EXAMPLES[0], names)
     assert names["logits"].shape == (2, 21, 512)
     torch.testing.assert_close(torch.cat(names["pieces"], dim=1), names["logits"], rtol=1e-4, atol=1e-5)
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+def test_the_example_of_a_pool_runs():
+    names = {}
+    exec(EXAMPLES[1], names)
+    assert names["logits"].shape == (1, 2, 4096)
+    assert names["logits"].isfinite().all()
+    assert len(EXAMPLES) == 2
 
 
 def test_sizes():

@@ -1,9 +1,13 @@
 """A decoding step through the kernels for a GPU: what the modules compute; under Triton's interpreter, or recorded."""
 
+import gc
+import itertools
+
 import pytest
 import torch
 
-from fulmen.model import LanguageModel, ModelConfig, graph
+from fulmen.model import LanguageModel, ModelConfig, graph, step
+from fulmen.model.pool import CachePool, PoolBatch
 from fulmen.ops import cpu, gpu
 
 CONFIG = ModelConfig(
@@ -117,6 +121,103 @@ def test_steps_back_for_a_hook(model, steps, gpu_device):
     model.layers[1].register_forward_hook(lambda *_: heard.append(1))
     model(token, cache=cache)
     assert (len(steps), len(heard)) == (1, 1)
+
+
+def pool_batch(pool, tables, starts, slots=(3, 0, 2), lengths=(1, 1, 1)):
+    return PoolBatch(pool, slots=slots, tables=tables, starts=starts, lengths=lengths)
+
+
+def test_a_pools_step_is_padded_and_outgrows_its_record(model, steps, monkeypatch, gpu_device):
+    """Three sequences in a bucket of four, then two in one of two, in pages in any order; nothing else changes."""
+    monkeypatch.setattr(graph, "SHORT", 8)
+    tokens = torch.randint(CONFIG.vocab_size, (3, 12), device=gpu_device)
+    pool = CachePool(CONFIG, slots=5, pages=30, page_size=3, device=gpu_device)
+    for memory in pool.memories:
+        for tensor in filter(lambda x: x is not None, memory):
+            tensor.fill_(float("nan"))
+    tables = torch.randperm(30)[:24].view(3, 8).tolist()
+    prompts = torch.cat([tokens[0, :5], tokens[1, :1], tokens[2, :6]])[None]
+    model.hidden(prompts, cache=pool_batch(pool, tables, [0, 0, 0], lengths=[5, 1, 6]))
+    got = []
+    for i in range(4):
+        column = torch.stack([tokens[0, 5 + i], tokens[1, 1 + i], tokens[2, 6 + i]])[None]
+        hidden, routings = model.hidden(column, cache=pool_batch(pool, tables, [5 + i, 1 + i, 6 + i]))
+        assert all(r.counts.sum() == 3 * 3 and r.experts.shape == (3, 3) for r in routings)
+        got.append(hidden[0])
+    column = tokens[[0, 2], [9, 10]][None]
+    last, _ = model.hidden(column, cache=pool_batch(pool, tables[::2], [9, 10], slots=[3, 2], lengths=[1, 1]))
+    assert len(steps) == 5
+    records = plan_of(model).step._records[pool].by_rows
+    assert {rows: record.longest for rows, record in records.items()} == {4: 16, 2: 16}
+    for b, first in enumerate((5, 1, 6)):
+        with torch.enable_grad():
+            whole = model.hidden(tokens[b : b + 1])[0][0].detach()
+        torch.testing.assert_close(torch.stack(got)[:, b], whole[first : first + 4], rtol=0, atol=5e-5)
+        if b != 1:
+            torch.testing.assert_close(last[0, b // 2], whole[first + 4], rtol=0, atol=5e-5)
+    for memory in pool.memories:
+        if memory.state is not None:
+            assert memory.state[[1, 4]].isnan().all()
+        else:
+            unused = sorted(set(range(30)) - set(itertools.chain(*tables)))
+            assert memory.keys[unused].isnan().all()
+            assert memory.values[unused].isnan().all()
+
+
+def test_more_sequences_than_a_record_has_rows(model, steps, monkeypatch, gpu_device):
+    monkeypatch.setattr(graph, "BUCKETS", (1, 2))
+    tokens = torch.randint(CONFIG.vocab_size, (3, 3), device=gpu_device)
+    pool = CachePool(CONFIG, slots=4, pages=3, page_size=4, device=gpu_device)
+    tables = [[2], [0], [1]]
+    model.hidden(tokens[:, :2].reshape(1, 6), cache=pool_batch(pool, tables, [0, 0, 0], lengths=[2, 2, 2]))
+    hidden, routings = model.hidden(tokens[:, 2][None], cache=pool_batch(pool, tables, [2, 2, 2]))
+    with torch.enable_grad():
+        whole, expected = (x for x in model.hidden(tokens))
+    torch.testing.assert_close(hidden[0], whole[:, 2].detach(), rtol=0, atol=5e-5)
+    for routing, other in zip(routings, expected, strict=True):
+        assert torch.equal(routing.experts, other.experts.view(3, 3, 3)[:, 2])
+        assert torch.equal(routing.counts, routing.experts.flatten().bincount(minlength=5))
+    assert len(steps) == 1
+
+
+def plan_of(model):
+    return step._PLANS[model]
+
+
+def test_a_pool_goes_when_nobody_holds_it(model, steps, gpu_device):
+    pool = CachePool(CONFIG, slots=4, pages=3, page_size=4, device=gpu_device)
+    for start in (0, 1):
+        batch = PoolBatch(pool, slots=[0], tables=[[2]], starts=[start], lengths=[1])
+        model.hidden(torch.ones(1, 1, dtype=torch.int64, device=gpu_device), cache=batch)
+    assert list(plan_of(model).step._records) == [pool]
+    del pool, batch
+    gc.collect()
+    assert not plan_of(model).step._records
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records need a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_records_of_a_pool_equal_the_modules(dtype, steps):
+    """Batches of changing size, so that records of several buckets take turns on one pool."""
+    model = LanguageModel(ModelConfig.preset("tiny")).eval().cuda()
+    tokens = torch.randint(4096, (5, 60), device="cuda")
+    exact = forward(model, tokens)
+    model = model.to(dtype)
+    pool, got = CachePool(model.config, slots=7, pages=30, device="cuda", dtype=dtype), [[] for _ in tokens]
+    tables = torch.randperm(30).view(5, 6).tolist()
+    with torch.inference_mode():
+        for t in range(60):
+            some = [b for b in range(5) if b < 3 or t < 30]
+            batch = pool_batch(pool, [tables[b] for b in some], [t] * len(some), slots=some, lengths=[1] * len(some))
+            logits = model(tokens[some, t][None], cache=batch)
+            for b, row in zip(some, logits[0], strict=True):
+                got[b].append(row)
+    for b, rows in enumerate(got):
+        truth = exact[b, : len(rows)]
+        error = ((torch.stack(rows) - truth).norm() / truth.norm()).item()
+        assert error < {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}[dtype]
+    assert len(steps) == 59
 
 
 @pytest.mark.gpu

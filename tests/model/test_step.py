@@ -269,6 +269,20 @@ def test_steps_back_for_gradients_and_autocast(model, calls):
     assert not calls
 
 
+def test_steps_back_where_a_graph_holds_the_state(model, calls):
+    """The step would change it in place, unseen by the backward pass."""
+    cache = model.new_cache(1)
+    with torch.enable_grad():
+        model(torch.tensor([[1, 2]]), cache=cache)
+    state = cache.layers[0].state
+    before = state.clone()
+    model(torch.tensor([[3]]), cache=cache)
+    assert not calls
+    assert torch.equal(state, before)
+    model(torch.tensor([[4]]), cache=cache)
+    assert calls
+
+
 def test_a_copy_of_model_or_cache_is_its_own(model, calls):
     tokens = torch.randint(ODD.vocab_size, (1, 5))
     cache = model.new_cache(1)

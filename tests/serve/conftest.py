@@ -1,11 +1,14 @@
-"""A small random model with a tokenizer, and models that say what a test tells them to."""
+"""A small random model with a tokenizer, engines around it, and engines that say what a test tells them to."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fulmen.data import Tokenizer
 from fulmen.model import LanguageModel, ModelConfig
-from fulmen.serve import TextGenerator
+from fulmen.serve import Engine, EngineSettings
+from fulmen.serve.memory import plan_for_model
 
 TEXTS = (
     "user name=user\nai name=assistant\nsystem ai_setting=assistant\n",
@@ -29,26 +32,44 @@ def model():
 
 
 @pytest.fixture
-def generator(model, tokenizer):
-    """Its answers never end by themselves, because what a random model says is chance."""
-    return TextGenerator(model, tokenizer, eos_ids=())
+def new_engine(model, tokenizer):
+    """new_engine(**settings) has small pages and pieces; no answer ends by itself, as it is chance.
+
+    `pages` and `snapshots` override what the memory would have room for.
+    """
+
+    def make(eos_ids=(), pages=None, snapshots=None, **settings):
+        small = {"max_sequences": 4, "page_size": 8, "chunk_tokens": 64, "snapshot_interval": 64, "memory": 64_000_000}
+        asked = EngineSettings(**small | settings)
+        changes = {"pages": pages, "snapshots": snapshots}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        plan = replace(plan_for_model(model, asked), **changes)
+        return Engine(model, tokenizer, asked, eos_ids=eos_ids, plan=plan)
+
+    return make
+
+
+@pytest.fixture
+def engine(new_engine):
+    return new_engine()
 
 
 @pytest.fixture
 def speaker(model, tokenizer, monkeypatch):
-    """speaker(ids) gives a generator whose model, whatever it reads, says these tokens and then the last for ever."""
+    """speaker(ids) gives an engine whose model, whatever it reads, says these tokens and then the last for ever."""
 
     def make(ids):
-        generator = TextGenerator(model, tokenizer)
+        engine = Engine(model, tokenizer, EngineSettings(max_sequences=1, memory=64_000_000))
         left = list(ids)
 
-        def advance(tokens, context):
-            context.seen.extend(tokens)
-            logits = torch.zeros(320)
-            logits[left.pop(0) if len(left) > 1 else left[0]] = 50.0
-            return logits
+        def run(step):
+            sequences = [chunk.sequence for chunk in step.prompts if chunk.is_last] + step.decoding
+            logits = torch.zeros(len(sequences), 320)
+            for row in logits:
+                row[left.pop(0) if len(left) > 1 else left[0]] = 50.0
+            return sequences, logits
 
-        monkeypatch.setattr(generator, "_advance", advance)
-        return generator
+        monkeypatch.setattr(engine.runner, "run", run)
+        return engine
 
     return make

@@ -18,8 +18,11 @@ NAMES = {
     "experts": "the mixture of experts beside its bare products (a GPU)",
     "model": "prefill and decoding of a whole model (a GPU)",
     "train": "training steps against the samples' length (a GPU)",
+    "serve": "many clients of one engine, and the prefix cache",
     "cpu": "training and decoding of the quickstart model on this CPU",
 }
+ANYWHERE = ("serve", "cpu")
+"""Those that need no GPU."""
 PEERS = ("transformers", "triton", "fla-core", "lightning-attn")
 
 
@@ -34,7 +37,7 @@ def run(name: str, only: str | None = None, path: Path | None = None) -> None:
     from fulmen.run.files import write_atomic
     from fulmen.run.machine import describe_machine
 
-    if name != "cpu" and not torch.cuda.is_available():
+    if name not in ANYWHERE and not torch.cuda.is_available():
         raise UserError(f"fulmen bench {name} needs a CUDA device, and there is none; fulmen bench cpu does not")
     try:
         module = importlib.import_module(f"fulmen.bench.{name}")
@@ -43,7 +46,7 @@ def run(name: str, only: str | None = None, path: Path | None = None) -> None:
     tables, extra = module.TABLES, getattr(module, "EXTRA_TABLES", {})
     if only is not None and only not in tables | extra:
         raise UserError(f"fulmen bench {name} has no table {only!r}; there are {', '.join(tables | extra)}")
-    machine = describe_machine(*PEERS, device="cpu" if name == "cpu" else "cuda")
+    machine = describe_machine(*PEERS, device="cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
     print(" ".join(f"{key}={value}" for key, value in machine.items()), flush=True)
     results, failures = {}, {}
     for table in tables if only is None else (only,):

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from triton.testing import do_bench, do_bench_cudagraph
 
 from fulmen.config import UserError
 
@@ -18,6 +17,8 @@ OUT_OF_MEMORY = "out of memory"
 
 def milliseconds(call: Callable, *, graph: bool = False) -> float:
     """Median time on the GPU, caches cold; with `graph`, of launches recorded in a CUDA graph, without the host's."""
+    from triton.testing import do_bench, do_bench_cudagraph
+
     if not graph:
         return do_bench(call, warmup=20, rep=80, return_mode="median")
     with torch.cuda.stream(torch.cuda.Stream()):

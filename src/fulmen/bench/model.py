@@ -129,7 +129,7 @@ def bytes_moved(batch: int) -> float:
     shared = count.total - count.embeddings - experts
     used = 1 - (1 - c.experts_per_token / c.num_experts) ** batch  # of the experts, were they chosen evenly
     head = c.vocab_size * c.hidden_size
-    memory = c.estimate_memory(context=PROMPT + 4 * STEPS, batch=batch, weight_bytes=2, cache_bytes=2)
+    memory = c.estimate_memory(context=PROMPT + 4 * STEPS, batch=batch, dtype="bfloat16")
     return 2 * (shared + used * experts + head) + 2 * memory.state + memory.key_values
 
 

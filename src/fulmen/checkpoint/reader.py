@@ -61,6 +61,17 @@ def load_model(
     return model.to(device).eval()
 
 
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or `checkpoint` inside a training run's folder."""
+    path = Path(path)
+    inside = path / "checkpoint"
+    if not (path / "config.json").exists() and inside.is_dir():
+        return inside
+    if (path / "recipe.toml").exists():
+        raise UserError(f"{path} is a training run that has not ended: go on with --resume first")
+    return path
+
+
 def _shards(folder: Path) -> dict[Path, set[str]]:
     """The files with tensors, and the names that the index says each holds (none for a single file)."""
     if (folder / SINGLE_FILE).exists():

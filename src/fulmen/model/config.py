@@ -8,6 +8,9 @@ from fulmen.config import UserError
 
 LIGHTNING, SOFTMAX = "L", "S"
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+"""Of a weight. With int8 only experts and projections are that narrow, the rest is bfloat16, as are keys and values."""
+
 
 class ParameterCount(NamedTuple):
     """`active`: what a token's forward pass uses, embedding and head left out, as the report counts."""
@@ -118,15 +121,27 @@ class ModelConfig:
             embeddings=embeddings,
         )
 
-    def estimate_memory(self, *, context: int, batch: int, weight_bytes: int, cache_bytes: int) -> MemoryEstimate:
-        """Bytes for `batch` sequences of `context` tokens, given the bytes of one weight and of one cached number."""
+    def weight_bytes(self, dtype: str) -> int:
+        """Bytes of all weights; with "int8" those of experts and projections have an fp32 scale for each row."""
+        total = self.count_parameters().total
+        if dtype != "int8":
+            return total * DTYPE_BYTES[dtype]
+        hidden, inner, num_softmax = self.hidden_size, self.attention_size, self.layers.count(SOFTMAX)
+        num_lightning = self.num_layers - num_softmax
+        norms_and_routers = hidden + self.num_layers * hidden * (2 + self.num_experts) + num_lightning * inner
+        kept = norms_and_routers + 2 * self.vocab_size * hidden
+        rows = num_lightning * (4 * inner + hidden)
+        rows += num_softmax * (inner + 2 * self.num_kv_heads * self.head_dim + hidden)
+        rows += self.num_layers * self.num_experts * (2 * self.expert_size + hidden)
+        return total - kept + kept * DTYPE_BYTES["bfloat16"] + rows * DTYPE_BYTES["float32"]
+
+    def estimate_memory(self, *, context: int, batch: int, dtype: str) -> MemoryEstimate:
+        """Bytes for `batch` sequences of `context` tokens; keys and values have the weights' dtype, or 2 bytes."""
         num_softmax = self.layers.count(SOFTMAX)
         state = (self.num_layers - num_softmax) * self.num_heads * self.head_dim**2 * 4
-        per_token = num_softmax * 2 * self.num_kv_heads * self.head_dim * cache_bytes
+        per_token = num_softmax * 2 * self.num_kv_heads * self.head_dim * max(2, DTYPE_BYTES[dtype])
         return MemoryEstimate(
-            weights=self.count_parameters().total * weight_bytes,
-            state=batch * state,
-            key_values=batch * context * per_token,
+            weights=self.weight_bytes(dtype), state=batch * state, key_values=batch * context * per_token
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fulmen.config import UserError
-from fulmen.model.cache import Cache
+from fulmen.model.cache import Cache, SequenceCache, check_positions
 from fulmen.model.config import ModelConfig
 from fulmen.model.layer import DecoderLayer
 from fulmen.model.lightning import LightningAttention
@@ -68,11 +68,13 @@ class LanguageModel(nn.Module):
         """An empty cache for `batch_size` sequences that advance together."""
         return Cache(self.config, batch_size)
 
-    def forward(self, tokens: Tensor, *, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, *, cache: SequenceCache | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, T, V] fp32 of tokens [B, T] int64.
 
         Args:
-            cache: from `new_cache`; the tokens continue what it holds, and it is advanced in place.
+            cache: from `new_cache`, or a `PoolBatch`; the tokens continue what it holds, and it is advanced in place.
             cu_seqlens: [N+1] int32 borders of N samples packed into one row (B == 1), which do not see each other.
 
         Raises:
@@ -84,7 +86,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,
         *,
-        cache: Cache | None = None,
+        cache: SequenceCache | None = None,
         cu_seqlens: Tensor | None = None,
         capacity_factor: float | None = None,
         checkpoint_layers: bool = False,
@@ -99,7 +101,7 @@ class LanguageModel(nn.Module):
         x, routings = self._embed(tokens), []
         if cache is not None and (decoded := decode_step(self, x, cache)):
             return decoded
-        positions = _positions(tokens, 0 if cache is None else cache.length, cu_seqlens)
+        positions = _positions(tokens, cu_seqlens) if cache is None else cache.positions(tokens)
         rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
         caches = [None] * len(self.layers) if cache is None else cache.layers
         for layer, layer_cache in zip(self.layers, caches, strict=True):
@@ -107,7 +109,7 @@ class LanguageModel(nn.Module):
             x, routing = checkpoint(layer, *arguments, use_reentrant=False) if checkpoint_layers else layer(*arguments)
             routings.append(routing)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(tokens.shape[1])
         return self.norm(x), routings
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -136,24 +138,21 @@ class LanguageModel(nn.Module):
         balance = torch.stack([balance_loss(r) for r in routing]).mean()
         return TrainingLoss(nll, (targets != IGNORE).sum(), balance, routing)
 
-    def _check(self, tokens: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> None:
-        longest = tokens.shape[1]
+    def _check(self, tokens: Tensor, cache: SequenceCache | None, cu_seqlens: Tensor | None) -> None:
         if cache is not None:
-            longest += cache.length
             if cu_seqlens is not None:
                 raise UserError("packed samples (cu_seqlens) cannot continue a cache")
-            if cache.batch_size != tokens.shape[0]:
-                raise UserError(f"the cache is for {cache.batch_size} sequences, got tokens {tuple(tokens.shape)}")
+            return cache.check(tokens, self.config)
+        longest = tokens.shape[1]
         if cu_seqlens is not None:
             check_borders(cu_seqlens, *tokens.shape)
             longest = int(cu_seqlens.diff().max())
-        if longest > self.config.max_positions:
-            raise UserError(f"{longest} positions exceed the model's max_positions {self.config.max_positions}")
+        check_positions(longest, self.config)
 
 
-def _positions(tokens: Tensor, start: int, cu_seqlens: Tensor | None) -> Tensor:
+def _positions(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """[1, T] int64: each token's place in its sample."""
     if cu_seqlens is None:
-        return torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        return torch.arange(tokens.shape[1], device=tokens.device)[None]
     places = torch.arange(tokens.shape[1]) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     return places[None].to(tokens.device, non_blocking=True)

@@ -2,8 +2,6 @@
 
 from fulmen.model.config import LIGHTNING, ModelConfig
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-
 
 def describe(config: ModelConfig, *, context: int, batch: int, dtype: str) -> str:
     """Layers, parameters, and the memory at inference for `batch` sequences of `context` tokens.
@@ -11,8 +9,7 @@ def describe(config: ModelConfig, *, context: int, batch: int, dtype: str) -> st
     dtype is that of the weights; keys and values are never narrower than 2 bytes and lightning states are fp32.
     """
     count = config.count_parameters()
-    width = DTYPE_BYTES[dtype]
-    memory = config.estimate_memory(context=context, batch=batch, weight_bytes=width, cache_bytes=max(2, width))
+    memory = config.estimate_memory(context=context, batch=batch, dtype=dtype)
     num_lightning = config.layers.count(LIGHTNING)
     rows = [
         ("layers", f"{config.num_layers}: {num_lightning} lightning, {config.num_layers - num_lightning} softmax"),

@@ -5,7 +5,7 @@ For input x:  n1 = norm(x);  h = alpha n1 + beta mixer(n1);  n2 = norm(h);  y = 
 
 from torch import Tensor, nn
 
-from fulmen.model.cache import KeyValues, LightningState
+from fulmen.model.cache import LayerCache
 from fulmen.model.config import LIGHTNING, ModelConfig
 from fulmen.model.lightning import LightningAttention
 from fulmen.model.moe import MixtureOfExperts
@@ -32,7 +32,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        cache: LightningState | KeyValues | None = None,
+        cache: LayerCache | None = None,
         cu_seqlens: Tensor | None = None,
         capacity_factor: float | None = None,
     ) -> tuple[Tensor, Routing]:

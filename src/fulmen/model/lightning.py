@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fulmen.model.cache import LightningState
+from fulmen.model.cache import LayerCache
 from fulmen.model.config import ModelConfig
 from fulmen.model.linear import Linear
 from fulmen.model.norm import RMSNorm
@@ -43,16 +43,12 @@ class LightningAttention(nn.Module):
         nn.init.xavier_normal_(self.output_gate.weight)
         nn.init.xavier_normal_(self.out_proj.weight, gain)
 
-    def forward(self, x: Tensor, *, cache: LightningState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, cache: LayerCache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, hidden] to the same shape; see `LanguageModel` for the rest."""
         x = x.to(product_dtype(x))  # once for both products
-        out, state = silu_lightning_attention(
-            self.qkv_proj(x).unflatten(-1, self.heads_shape),
-            self.rates,
-            state=None if cache is None else cache.state,
-            cu_seqlens=cu_seqlens,
-            return_state=cache is not None,
-        )
-        if cache is not None:
-            cache.state = state
+        qkv = self.qkv_proj(x).unflatten(-1, self.heads_shape)
+        if cache is None:
+            out, _ = silu_lightning_attention(qkv, self.rates, cu_seqlens=cu_seqlens)
+        else:
+            out = cache.attend(qkv, self.rates)
         return self.out_proj(self.norm(out.flatten(2), self.output_gate(x)))

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fulmen.model.cache import KeyValues
+from fulmen.model.cache import LayerCache
 from fulmen.model.config import ModelConfig
 from fulmen.model.linear import Linear
 from fulmen.ops.linear import product_dtype
@@ -32,13 +32,12 @@ class SoftmaxAttention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         *,
-        cache: KeyValues | None = None,
+        cache: LayerCache | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, hidden] to the same shape; `rotary` is cos and sin of its positions."""
+        """x [B, T, hidden] to the same shape; `rotary` is cos and sin of its positions, `cache` see `cache.py`."""
         x = x.to(product_dtype(x))  # once for all three products
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        return self.o_proj(softmax_attention(q, k, v, cu_seqlens).flatten(2))
+        out = softmax_attention(q, k, v, cu_seqlens) if cache is None else cache.attend(q, k, v)
+        return self.o_proj(out.flatten(2))

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fulmen.model.cache import Cache, KeyValues, LightningState
+from fulmen.model.cache import SequenceCache
 from fulmen.model.config import ModelConfig
 from fulmen.model.graph import GraphedSteps
 from fulmen.model.layer import DecoderLayer
@@ -23,7 +23,7 @@ from fulmen.model.moe import Experts, MixtureOfExperts
 from fulmen.model.norm import RMSNorm
 from fulmen.model.softmax import SoftmaxAttention
 from fulmen.ops import cpu, gpu
-from fulmen.ops.cpu.step import KERNELS, LayerMemory, Step, StepLayer, StepShape
+from fulmen.ops.cpu.step import KERNELS, Step, StepLayer, StepShape
 from fulmen.ops.experts import Routing
 from fulmen.ops.rotary import rotary_frequencies
 
@@ -34,50 +34,33 @@ PASSED_OVER = {DecoderLayer, LightningAttention, SoftmaxAttention, MixtureOfExpe
 """Kinds of modules whose `forward` is known here."""
 
 
-def decode_step(model: "LanguageModel", x: Tensor, cache: Cache) -> tuple[Tensor, list[Routing]] | None:
-    """`LanguageModel.hidden` for embedded tokens x [B, 1, hidden] on a cache that has begun; advances the cache."""
-    if torch.is_grad_enabled() or x.shape[1] != 1 or not cache.length or not _serves(len(x), x):
+def decode_step(model: "LanguageModel", x: Tensor, cache: SequenceCache) -> tuple[Tensor, list[Routing]] | None:
+    """`LanguageModel.hidden` for embedded tokens x, the next of each sequence of a cache, which is advanced."""
+    if torch.is_grad_enabled() or not _serves(x):
+        return None
+    tokens = cache.next_tokens(x)
+    if tokens is None:
         return None
     plan = _PLANS.get(model)
     if plan is None or not plan.is_valid():
         plan = _PLANS[model] = _Plan(model)
     if plan.step is None or x.dtype != plan.step.dtype:
         return None
-    memories = [_memory(layer, x) for layer in cache.layers]
-    if None in memories:
-        return None
+    recorded_for = ()
     if isinstance(plan.step, GraphedSteps):
-        result = plan.step(x, memories, cache)
-    else:
-        y, states, routings = plan.step(x, memories, cache.length)
-        for index, state in zip(plan.step.lightning, states, strict=True):
-            cache.layers[index].state = state
-        result = y, [Routing(*routing, kept=None) for routing in routings]
-    for layer in cache.layers:
-        if type(layer) is KeyValues:
-            layer.length += 1
-    cache.length += 1
-    return result
+        if tokens.places.tables is None and len(x) > cpu.FEW:
+            return None  # a plain cache has no buckets, and its records hold no more
+        recorded_for = (tokens.owner,)
+    result = plan.step(x.flatten(0, 1), tokens.memories, tokens.places, *recorded_for)
+    cache.stepped()
+    return result.y.view_as(x), [Routing(*routing, kept=None) for routing in result.routings]
 
 
-def _serves(tokens: int, *tensors: Tensor) -> bool:
+def _serves(*tensors: Tensor) -> bool:
     """Whether a CPU's step or a GPU's takes this."""
-    if cpu.serves(tokens, *tensors, dtypes=KERNELS):
+    if cpu.serves(1, *tensors, dtypes=KERNELS):
         return True
-    return tokens <= cpu.FEW and gpu.serves(*tensors) and not torch.is_autocast_enabled("cuda")
-
-
-def _memory(layer: LightningState | KeyValues, x: Tensor) -> LayerMemory | None:
-    """Where one layer's cache lies, with room for a token; None if it is not as the kernel takes it."""
-    if type(layer) is not KeyValues:
-        state = layer.state
-        fits = state is not None and state.device == x.device and state.dtype == torch.float32
-        fits = fits and state.is_contiguous()
-        return LayerMemory(state, None, None) if fits else None
-    if layer.keys is None or layer.keys.device != x.device or layer.keys.dtype != x.dtype:
-        return None
-    layer.reserve(layer.length + 1)
-    return LayerMemory(None, layer.keys, layer.values)
+    return gpu.serves(*tensors) and not torch.is_autocast_enabled("cuda")
 
 
 class _Plan:
@@ -136,7 +119,7 @@ def _are_plain(tensors: list[Tensor]) -> bool:
     return (
         len(dtypes) == 1
         and len({t.device for t in tensors}) == 1
-        and _serves(1, *tensors)
+        and _serves(*tensors)
         and all(t.dtype == torch.float32 for t in rates)
         and all(t.is_contiguous() for t in tensors)
     )

@@ -1,6 +1,22 @@
-"""Using a model: sampling, streaming generation, conversation."""
+"""Using a model: an engine for many requests at once, an OpenAI-compatible server, conversation (docs/serve.md)."""
 
-from fulmen.serve.generate import Conversation, Generated, TextGenerator, find_checkpoint
-from fulmen.serve.sampling import SamplingParams, sample
+from fulmen.serve.conversation import Conversation
+from fulmen.serve.engine import Engine
+from fulmen.serve.params import SamplingParams
+from fulmen.serve.plan import EngineSettings, MemoryPlan, plan_memory
+from fulmen.serve.structure import Structure
+from fulmen.serve.types import Answer, Completion, Piece, TokenLogprobs
 
-__all__ = ["Conversation", "Generated", "SamplingParams", "TextGenerator", "find_checkpoint", "sample"]
+__all__ = [
+    "Answer",
+    "Completion",
+    "Conversation",
+    "Engine",
+    "EngineSettings",
+    "MemoryPlan",
+    "Piece",
+    "SamplingParams",
+    "Structure",
+    "TokenLogprobs",
+    "plan_memory",
+]

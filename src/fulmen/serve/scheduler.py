@@ -153,11 +153,11 @@ class Scheduler:
         self._leave(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """Forget it; pages and slot are free at once. Nothing happens if it has ended."""
+        """Nobody wants more of it; pages and slot are free at once. Nothing happens if it has ended."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         elif sequence in self.running:
-            self._remove(sequence)
+            self._leave(sequence)
 
     def _has_page(self, sequence: Sequence) -> bool:
         """Whether there is a place for its next token; who came last makes room, at worst itself."""

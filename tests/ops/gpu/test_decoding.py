@@ -1,5 +1,7 @@
 """Kernels for the next token of each sequence, against the definitions in float64."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -58,6 +60,49 @@ def test_attention_step(heads, key_heads, size, rotary_dim, room, gpu_device, co
         seen = (x[slot, : position + 1][None].double().cpu() for x in (keys, values))
         truth = naive_softmax_attention(turned_q.double(), *seen, None)
         compare({"out": out[b].cpu()}, {"out": truth[0, 0]}, 1e-5)
+
+
+@pytest.mark.parametrize(("page_size", "longest"), [(1, 150), (3, 150), (16, 4096), (64, 150)])
+def test_attention_step_in_pages(page_size, longest, gpu_device, compare, poisoned_memory):
+    """A first page that two sequences share, pages in any order, and nan wherever nobody has written."""
+    heads, key_heads, size, rotary_dim, positions = 4, 2, 16, 8, [70, 0, 149, 71]
+    q, k, v = (torch.randn(4, n, size, device=gpu_device) for n in (heads, key_heads, key_heads))
+    counts = [position // page_size + 1 for position in positions]
+    tables = [part.tolist() for part in torch.randperm(sum(counts) + 3)[3:].split(counts)]
+    tables[3][0] = tables[0][0]
+    shape = (sum(counts) + 3, page_size, key_heads, size)
+    keys, values = torch.full((2, *shape), float("nan"), device=gpu_device)
+    written = torch.randn(2, 4, max(positions), key_heads, size, device=gpu_device)
+    for b in (2, 0, 3):
+        for t in range(positions[b]):
+            if b == 3 and t < page_size:
+                written[:, b, t] = written[:, 0, t]
+            place = tables[b][t // page_size], t % page_size
+            keys[place], values[place] = written[:, b, t]
+    before, numbers = (
+        torch.stack((keys, values)),
+        (SLOTS, positions, [0, *torch.tensor(counts).cumsum(0)[:-1].tolist()]),
+    )
+    slots, position, begins = (torch.tensor(n, dtype=torch.int32, device=gpu_device) for n in numbers)
+    pages = gpu.decoding.Tables(begins, torch.tensor([*itertools.chain(*tables)], dtype=torch.int32, device=gpu_device))
+    frequencies = rotary_frequencies(rotary_dim, 1e4, gpu_device)
+    place = (frequencies, keys, values, slots, position, pages)
+    gpu.decoding.append_keys_(k, v, *place)
+    out = gpu.decoding.attention_step(q, *place, longest=longest)
+    assert (out[1] == 0).all()
+    for b in (0, 2, 3):
+        turn = rotary_tables(position[b : b + 1, None].cpu(), rotary_dim, 1e4)
+        turned_q, turned_k = (apply_rotary(x[None, None, b].cpu(), *turn) for x in (q, k))
+        row = tables[b][positions[b] // page_size], positions[b] % page_size
+        torch.testing.assert_close(keys[row].cpu(), turned_k[0, 0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(values[row], v[b])
+        before[0][row], before[1][row] = keys[row], values[row]
+        seen = (
+            torch.cat((w[b, : positions[b]], x[row][None]))[None] for w, x in zip(written, (keys, values), strict=True)
+        )
+        truth = naive_softmax_attention(turned_q.double(), *(x.double().cpu() for x in seen), None)
+        compare({"out": out[b].cpu()}, {"out": truth[0, 0]}, 1e-5)
+    torch.testing.assert_close(torch.stack((keys, values)), before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_untouched_slots_keep_their_keys(gpu_device):

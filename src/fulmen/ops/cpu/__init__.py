@@ -90,12 +90,13 @@ def lightning_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor
     value_dim, strides = v.shape[3], q.stride()
     if strides != k.stride() or strides != v.stride() or strides[3] != 1:
         return _packed_step(q, k, v, rates, state)
-    rates = rates.contiguous()
-    state = None if state is None else state.contiguous()
-    out, following = new_empty(batch, 1, heads, value_dim), new_empty(batch, heads, key_dim, value_dim)
-    inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), rates.data_ptr(), None if state is None else state.data_ptr())
-    shape = (batch, heads, key_dim, value_dim, strides[0], strides[2])
-    load().lightning_step(out.data_ptr(), following.data_ptr(), *inputs, *shape, _threads(following.numel()))
+    rates, shape = rates.contiguous(), (batch, heads, key_dim, value_dim)
+    out = new_empty(batch, 1, heads, value_dim)
+    # The kernel changes it in place, and the caller keeps his.
+    following = new_empty(*shape).copy_(state) if state is not None else new_empty(*shape).zero_()
+    inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), rates.data_ptr())
+    sizes = (*shape, strides[0], strides[2], _threads(following.numel()))
+    load().lightning_step(out.data_ptr(), following.data_ptr(), *inputs, *sizes)
     return out, following
 
 

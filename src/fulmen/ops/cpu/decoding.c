@@ -26,9 +26,9 @@ void experts_mlp(float *out, float *act, const float *x, const float *w13, const
     share_experts_fp32(out, act, x, w13, w2, experts, weights, tokens, k, num_experts, d, f, NULL);
 }
 
-void lightning_step(float *out, float *next, const float *q, const float *k, const float *v, const float *rates,
-                    const float *state, i64 batch, i64 heads, i64 key_dim, i64 value_dim, i64 batch_stride,
-                    i64 head_stride, int threads) {
+/* The state [B, H, K, V] is changed in place. */
+void lightning_step(float *out, float *state, const float *q, const float *k, const float *v, const float *rates,
+                    i64 batch, i64 heads, i64 key_dim, i64 value_dim, i64 batch_stride, i64 head_stride, int threads) {
 #pragma omp parallel num_threads(threads)
-    share_step(out, next, q, k, v, rates, state, batch, heads, key_dim, value_dim, batch_stride, head_stride);
+    share_step(out, state, q, k, v, rates, NULL, batch, heads, key_dim, value_dim, batch_stride, head_stride);
 }

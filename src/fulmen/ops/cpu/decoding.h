@@ -138,25 +138,25 @@ static i64 next_choices(const i64 *experts, i64 total, i64 expert, i64 *from, i6
     return count;
 }
 
-/* next [B, H, K, V] = exp(-rate) state + k v^T and out [B, H, V] = q^T next; state may be NULL for zeros.
+/* state = exp(-rate) state + k v^T and out [B, H, V] = q^T state, of each sequence the states [H, K, V] of its slot.
 
-q, k and v share the strides of a sequence and of a head. The threads wait for each other. */
-static void share_step(float *out, float *next, const float *q, const float *k, const float *v, const float *rates,
-                       const float *state, i64 batch, i64 heads, i64 key_dim, i64 value_dim, i64 batch_stride,
+q, k and v share the strides of a sequence and of a head; slots may be NULL for 0, 1, 2... The threads wait for each
+other. */
+static void share_step(float *out, float *states, const float *q, const float *k, const float *v, const float *rates,
+                       const int32_t *slots, i64 batch, i64 heads, i64 key_dim, i64 value_dim, i64 batch_stride,
                        i64 head_stride) {
 #pragma omp for schedule(static)
     for (i64 head = 0; head < batch * heads; head++) {
-        i64 place = head / heads * batch_stride + head % heads * head_stride, size = key_dim * value_dim;
+        i64 b = head / heads, h = head % heads, place = b * batch_stride + h * head_stride;
         const float *q_h = q + place, *k_h = k + place, *v_h = v + place;
-        const float *old = state ? state + head * size : NULL;
-        float *restrict new = next + head * size, *restrict o = out + head * value_dim;
-        float decay = expf(-rates[head % heads]);
+        float *restrict state = states + ((slots ? slots[b] : b) * heads + h) * key_dim * value_dim;
+        float *restrict o = out + head * value_dim;
+        float decay = expf(-rates[h]);
         memset(o, 0, value_dim * sizeof *o);
         for (i64 i = 0; i < key_dim; i++)
             for (i64 j = 0; j < value_dim; j++) {
-                float updated = k_h[i] * v_h[j];
-                if (old) updated += decay * old[i * value_dim + j];
-                new[i * value_dim + j] = updated;
+                float updated = decay * state[i * value_dim + j] + k_h[i] * v_h[j];
+                state[i * value_dim + j] = updated;
                 o[j] += q_h[i] * updated;
             }
     }

@@ -17,11 +17,10 @@ struct layer {
     /* weights, fp32 or bf16: w_q is q, k and v packed head by head in a lightning layer */
     const void *w_before, *w_q, *w_k, *w_v, *w_gate, *w_norm, *w_out, *w_after, *w_router, *w13, *w2;
     const float *rates;
-    /* what the sequences left behind: states in fp32; keys and values [batch, room, kv_heads, dim] like the weights */
-    const float *state;
-    float *next;
+    /* what sequences left behind: states in fp32; keys and values [pages, page_size, kv_heads, dim] like the weights */
+    float *state;
     void *keys, *values;
-    i64 room;
+    i64 page_size;
     /* where the tokens go, as `choose` gives it */
     i64 *experts;
     float *weights, *probs;
@@ -29,10 +28,24 @@ struct layer {
     float eps_before, eps_norm, eps_after, mixer_alpha, mixer_beta, mlp_alpha, mlp_beta;
 };
 
+/* Where each sequence of the batch is in the memories of all layers; see step.py. Without tables, slots are pages. */
+struct places {
+    const int32_t *slots, *positions, *begins, *tables;
+};
+
+/* The pages of a sequence's tokens. */
+INLINE const int32_t *table_of(const struct places *p, i64 b) {
+    return p->tables ? p->tables + p->begins[b] : p->slots + b;
+}
+
 /* Tensors of one layer that the next one overwrites. */
 struct scratch {
-    float *normed, *h, *qkv, *gate, *attended, *logits, *act, *scores;
+    float *normed, *h, *qkv, *gate, *attended, *logits, *act;
 };
+
+/* Keys at a time, and queries that read them. */
+#define KEYS 64
+#define GROUP 8
 
 /* Rotate the pairs (i, i + rotary / 2) of each head by position * frequencies[i]. */
 static void rotate(float *x, i64 heads, i64 dim, i64 rotary, const float *frequencies, float position) {
@@ -47,57 +60,123 @@ static void rotate(float *x, i64 heads, i64 dim, i64 rotary, const float *freque
 }
 
 /* Floats that `step` needs as scratch. */
-i64 step_scratch(const struct shape *s, i64 position) {
+i64 step_scratch(const struct shape *s) {
     i64 inner = s->heads * s->dim;
-    i64 each = 3 * s->hidden + 5 * inner + s->num_experts + s->k * s->expert_size + s->heads * (position + 1);
-    return s->batch * each;
+    return s->batch * (3 * s->hidden + 5 * inner + s->num_experts + s->k * s->expert_size);
 }
 
 #define NUMBER float
 #define READ read_fp32
 #define WRITE write_fp32
+#define LOAD load
+#define LOAD_PART load_part
 #define NAMED(name) name##_fp32
 #include "step.c"
 
 #undef NUMBER
 #undef READ
 #undef WRITE
+#undef LOAD
+#undef LOAD_PART
 #undef NAMED
 #define NUMBER bf16
 #define READ read_bf16
 #define WRITE write_bf16
+#define LOAD load_bf16
+#define LOAD_PART load_part_bf16
 #define NAMED(name) name##_bf16
 #include "step.c"
 
 #else
 
-static void NAMED(share_lightning)(struct scratch t, const struct shape *s, const struct layer *l) {
+static void NAMED(share_lightning)(struct scratch t, const struct shape *s, const struct layer *l,
+                                   const struct places *p) {
     i64 inner = s->heads * s->dim;
     struct residual none = {0};
     NAMED(share_product)(t.qkv, t.normed, l->w_q, s->batch, 3 * inner, s->hidden, SILU, none);
     NAMED(share_product)(t.gate, t.normed, l->w_gate, s->batch, inner, s->hidden, SIGMOID, none);
 #pragma omp barrier
-    share_step(t.attended, l->next, t.qkv, t.qkv + s->dim, t.qkv + 2 * s->dim, l->rates, l->state, s->batch, s->heads,
+    share_step(t.attended, l->state, t.qkv, t.qkv + s->dim, t.qkv + 2 * s->dim, l->rates, p->slots, s->batch, s->heads,
                s->dim, s->dim, 3 * inner, 3 * s->dim);
     NAMED(share_norm)(t.qkv, t.attended, l->w_norm, t.gate, s->batch, inner, l->eps_norm);
 }
 
-/* out [dim] = softmax(q . keys / sqrt(dim)) values over `count` tokens, `stride` numbers apart. */
-static void NAMED(attend)(float *out, float *scores, const float *q, const NUMBER *keys, const NUMBER *values, i64 count,
-                          i64 stride, i64 dim) {
-    float highest = -INFINITY, total = 0, scale = 1.0f / sqrtf(dim);
-    for (i64 t = 0; t < count; t++) {
-        scores[t] = NAMED(dot)(keys + t * stride, q, dim) * scale;
-        highest = scores[t] > highest ? scores[t] : highest;
+/* scores[t] = scale * (q . the key in row rows[t]), four at a time: one alone would wait for each of its sums. */
+INLINE void NAMED(score)(float *scores, const float *q, const NUMBER *keys, const i64 *rows, i64 count, i64 dim) {
+    float scale = 1.0f / sqrtf(dim);
+    i64 t = 0, whole = dim / LANES * LANES;
+    for (; t + 4 <= count; t += 4) {
+        vec sums[4] = {0};
+        for (i64 i = 0; i < whole; i += LANES)
+            for (int r = 0; r < 4; r++) sums[r] = multiply_add(LOAD(keys + rows[t + r] + i), load(q + i), sums[r]);
+        for (int r = 0; r < 4; r++) {
+            if (whole < dim)
+                sums[r] = multiply_add(LOAD_PART(keys + rows[t + r] + whole, dim - whole),
+                                       load_part(q + whole, dim - whole), sums[r]);
+            scores[t + r] = sum(sums[r]) * scale;
+        }
     }
-    for (i64 t = 0; t < count; t++) total += scores[t] = fast_exp(scores[t] - highest);
-    memset(out, 0, dim * sizeof *out);
-    for (i64 t = 0; t < count; t++)
-        for (i64 i = 0; i < dim; i++) out[i] += scores[t] / total * READ(values + t * stride + i);
+    for (; t < count; t++) scores[t] = NAMED(dot)(keys + rows[t], q, dim) * scale;
+}
+
+/* out = fade * out + the sum of weights[t] * the value in row rows[t], of `wide` * LANES dims, which stay in registers. */
+INLINE void NAMED(blend_part)(float *out, float fade, const float *weights, const NUMBER *values, const i64 *rows,
+                              i64 count, int wide) {
+    vec sums[4];
+    for (int r = 0; r < wide; r++) sums[r] = load(out + r * LANES) * fade;
+    for (i64 t = 0; t < count; t++) {
+        vec weight = (vec){0} + weights[t];
+        for (int r = 0; r < wide; r++) sums[r] = multiply_add(LOAD(values + rows[t] + r * LANES), weight, sums[r]);
+    }
+    memcpy(out, sums, wide * sizeof *sums);
+}
+
+INLINE void NAMED(blend)(float *out, float fade, const float *weights, const NUMBER *values, const i64 *rows,
+                         i64 count, i64 dim) {
+    i64 i = 0;
+    for (; i + 4 * LANES <= dim; i += 4 * LANES)
+        NAMED(blend_part)(out + i, fade, weights, values + i, rows, count, 4);
+    for (; i + LANES <= dim; i += LANES) NAMED(blend_part)(out + i, fade, weights, values + i, rows, count, 1);
+    for (; i < dim; i++) {
+        float total = fade * out[i];
+        for (i64 t = 0; t < count; t++) total += weights[t] * READ(values + rows[t] + i);
+        out[i] = total;
+    }
+}
+
+/* out [n, dim] = softmax(q . keys / sqrt(dim)) values for n <= GROUP queries that share a key head, over `count` tokens
+in the pages of a table, whose rows are `stride` numbers apart. KEYS tokens at a time, which all queries find in the
+cache; the numbers do not depend on the size of a page. */
+static void NAMED(attend)(float *out, const float *q, i64 n, const NUMBER *keys, const NUMBER *values,
+                          const int32_t *table, i64 page_size, i64 count, i64 stride, i64 dim) {
+    float scores[KEYS], highest[GROUP], total[GROUP] = {0};
+    i64 rows[KEYS], page = 0, row = 0;
+    memset(out, 0, n * dim * sizeof *out);
+    for (i64 h = 0; h < n; h++) highest[h] = -INFINITY;
+    for (i64 first = 0; first < count; first += KEYS) {
+        i64 here = min(KEYS, count - first);
+        for (i64 t = 0; t < here; t++, row++) {
+            if (row == page_size) page++, row = 0;
+            rows[t] = (table[page] * page_size + row) * stride;
+        }
+        for (i64 h = 0; h < n; h++) {
+            NAMED(score)(scores, q + h * dim, keys, rows, here, dim);
+            float before = highest[h];
+            for (i64 t = 0; t < here; t++) highest[h] = scores[t] > highest[h] ? scores[t] : highest[h];
+            /* Nothing has been summed before the first ones, and a difference of infinities would be NaN. */
+            float fade = first ? fast_exp(before - highest[h]) : 0;
+            for (i64 t = 0; t < here; t++) scores[t] = fast_exp(scores[t] - highest[h]);
+            total[h] *= fade;
+            for (i64 t = 0; t < here; t++) total[h] += scores[t];
+            NAMED(blend)(out + h * dim, fade, scores, values, rows, here, dim);
+        }
+    }
+    for (i64 h = 0; h < n; h++)
+        for (i64 i = 0; i < dim; i++) out[h * dim + i] /= total[h];
 }
 
 static void NAMED(share_softmax)(struct scratch t, const struct shape *s, const struct layer *l,
-                                 const float *frequencies, i64 position) {
+                                 const float *frequencies, const struct places *p) {
     i64 dim = s->dim, inner = s->heads * dim, kv = s->kv_heads * dim;
     float *q = t.qkv, *k = q + s->batch * inner, *v = k + s->batch * kv;
     struct residual none = {0};
@@ -107,8 +186,9 @@ static void NAMED(share_softmax)(struct scratch t, const struct shape *s, const 
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (i64 b = 0; b < s->batch; b++) {
-        NUMBER *key = (NUMBER *)l->keys + (b * l->room + position) * kv;
-        NUMBER *value = (NUMBER *)l->values + (b * l->room + position) * kv;
+        i64 position = p->positions[b], page = table_of(p, b)[position / l->page_size];
+        i64 place = (page * l->page_size + position % l->page_size) * kv;
+        NUMBER *key = (NUMBER *)l->keys + place, *value = (NUMBER *)l->values + place;
         rotate(q + b * inner, s->heads, dim, s->rotary, frequencies, position);
         rotate(k + b * kv, s->kv_heads, dim, s->rotary, frequencies, position);
         for (i64 i = 0; i < kv; i++) {
@@ -116,23 +196,27 @@ static void NAMED(share_softmax)(struct scratch t, const struct shape *s, const 
             WRITE(value + i, v[b * kv + i]);
         }
     }
-#pragma omp for schedule(static)
-    for (i64 head = 0; head < s->batch * s->heads; head++) {
-        i64 of_keys = head % s->heads / (s->heads / s->kv_heads);
-        i64 start = head / s->heads * l->room * kv + of_keys * dim;
-        NAMED(attend)(t.attended + head * dim, t.scores + head * (position + 1), q + head * dim,
-                      (const NUMBER *)l->keys + start, (const NUMBER *)l->values + start, position + 1, kv, dim);
+    /* Queries together that share a key head, unless threads would be left without work. */
+    i64 group = s->heads / s->kv_heads, together = s->batch * s->kv_heads < s->threads ? 1 : min(group, GROUP);
+    i64 parts = (group + together - 1) / together;
+#pragma omp for schedule(dynamic)
+    for (i64 item = 0; item < s->batch * s->kv_heads * parts; item++) {
+        i64 from = item % parts * together, key_head = item / parts % s->kv_heads, b = item / parts / s->kv_heads;
+        i64 head = (b * s->heads + key_head * group + from) * dim;
+        NAMED(attend)(t.attended + head, q + head, min(together, group - from), (const NUMBER *)l->keys + key_head * dim,
+                      (const NUMBER *)l->values + key_head * dim, table_of(p, b), l->page_size, p->positions[b] + 1, kv,
+                      dim);
     }
 }
 
 static void NAMED(share_layer)(float *x, struct scratch t, const struct shape *s, const struct layer *l,
-                               const float *frequencies, i64 position) {
+                               const float *frequencies, const struct places *p) {
     i64 inner = s->heads * s->dim;
     NAMED(share_norm)(t.normed, x, l->w_before, NULL, s->batch, s->hidden, l->eps_before);
     if (l->rates)
-        NAMED(share_lightning)(t, s, l);
+        NAMED(share_lightning)(t, s, l, p);
     else
-        NAMED(share_softmax)(t, s, l, frequencies, position);
+        NAMED(share_softmax)(t, s, l, frequencies, p);
     NAMED(share_product)(t.h, l->rates ? t.qkv : t.attended, l->w_out, s->batch, s->hidden, inner, RESIDUAL,
                          (struct residual){t.normed, l->mixer_alpha, l->mixer_beta});
 #pragma omp barrier
@@ -147,19 +231,20 @@ static void NAMED(share_layer)(float *x, struct scratch t, const struct shape *s
 #pragma omp barrier
 }
 
-/* y [batch, hidden] = norm(layers(x)), one token of each sequence at `position`; keys and values have room for it. */
+/* y [batch, hidden] = norm(layers(x)), the next token of the sequence at each of `places`, whose page has room. */
 void NAMED(step)(NUMBER *y, const NUMBER *x, const struct shape *s, const struct layer *layers, i64 num_layers,
-                 const NUMBER *w_norm, float eps, const float *frequencies, i64 position, float *memory) {
+                 const NUMBER *w_norm, float eps, const float *frequencies, const struct places *places,
+                 float *memory) {
     i64 hidden = s->batch * s->hidden, inner = s->batch * s->heads * s->dim;
     float *current = memory, *normed = current + hidden, *h = normed + hidden, *qkv = h + hidden;
     float *gate = qkv + 3 * inner, *attended = gate + inner, *logits = attended + inner;
-    float *act = logits + s->batch * s->num_experts, *scores = act + s->batch * s->k * s->expert_size;
-    struct scratch scratch = {normed, h, qkv, gate, attended, logits, act, scores};
+    float *act = logits + s->batch * s->num_experts;
+    struct scratch scratch = {normed, h, qkv, gate, attended, logits, act};
     for (i64 i = 0; i < hidden; i++) current[i] = READ(x + i);
 #pragma omp parallel num_threads(s->threads)
     {
         for (i64 i = 0; i < num_layers; i++)
-            NAMED(share_layer)(current, scratch, s, layers + i, frequencies, position);
+            NAMED(share_layer)(current, scratch, s, layers + i, frequencies, places);
         NAMED(share_norm)(normed, current, w_norm, NULL, s->batch, s->hidden, eps);
     }
     for (i64 i = 0; i < hidden; i++) WRITE(y + i, normed[i]);

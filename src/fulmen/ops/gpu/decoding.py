@@ -1,8 +1,8 @@
-"""The next token of each of a few sequences, whose memories are slots of a pool: states, or keys and values.
+"""The next token of each of a few sequences, whose memories are parts of a pool: slots for states, pages for keys.
 
-Every launch has a grid that follows from shapes alone and reads slots, positions and experts on the GPU, so all of it
-can be recorded in a CUDA graph. A slot of -1 pads a batch: nothing of the pool is read or written for it.
-Letters: B sequences, S slots, H heads, H_kv key heads, D their width, R room for tokens, T = B tokens, k choices each.
+Every launch has a grid that follows from shapes alone and reads slots, positions, tables and experts on the GPU, so all
+of it can be recorded in a CUDA graph. A slot of -1 pads a batch: nothing of the pool is read or written for it.
+Letters: B sequences, S slots, P pages of R tokens, H heads, H_kv key heads, D their width, T = B tokens, k choices.
 """
 
 from typing import NamedTuple
@@ -43,38 +43,52 @@ def lightning_step_(
     return out
 
 
-def append_keys_(
-    k: Tensor, v: Tensor, frequencies: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor
-) -> None:
-    """Write k, turned to its position, and v [B, H_kv, D] at `positions` [B] int32 of the slots' buffers.
+class Tables(NamedTuple):
+    """The pages of each sequence's tokens: token t is in row t % R of page tables[begins[b] + t // R]."""
 
-    frequencies: [rotary_dim / 2] fp32, see `fulmen.ops.rotary`; keys, values: [S, R, H_kv, D], one layout.
+    begins: Tensor  # [B] int32
+    tables: Tensor  # int32, one table after the other
+
+
+def append_keys_(
+    k: Tensor, v: Tensor, frequencies: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor,
+    pages: Tables | None = None,
+) -> None:  # fmt: skip
+    """Write k, turned to its position, and v [B, H_kv, D] at `positions` [B] int32 of the sequences' pages.
+
+    frequencies: [rotary_dim / 2] fp32, see `fulmen.ops.rotary`; keys, values: [P, R, H_kv, D], one layout. Without
+    `pages` the slot is the sequence's only page.
     """
     batch, heads, size = k.shape
     _append_kernel[(heads, batch)](
-        k, v, frequencies, keys, values, slots, positions, *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3],
-        len(frequencies), size, WIDTH=triton.next_power_of_2(size), num_warps=1,
+        k, v, frequencies, keys, values, slots, positions, *(pages or (None, None)), *k.stride()[:2], *v.stride()[:2],
+        *keys.stride()[:3], keys.shape[1], len(frequencies), size, PAGED=pages is not None,
+        WIDTH=triton.next_power_of_2(size), num_warps=1,
     )  # fmt: skip
 
 
 def attention_step(
-    q: Tensor, frequencies: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor
-) -> Tensor:
-    """Softmax attention of q [B, H, D], turned to its position, over the keys 0..position of its slot: [B, H, D].
+    q: Tensor, frequencies: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor,
+    pages: Tables | None = None, *, longest: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Softmax attention of q [B, H, D], turned to its position, over the keys 0..position of its pages: [B, H, D].
 
-    As `append_keys_`; query head h reads key head h // (H / H_kv). Keys of a long sequence are shared among programs.
+    As `append_keys_`; query head h reads key head h // (H / H_kv). Keys of a long sequence are shared among programs,
+    in as many shares as suit `longest` tokens; None: R.
     """
     batch, heads, size = q.shape
-    room, key_heads = keys.shape[1:3]
+    page_size, key_heads = keys.shape[1:3]
     group = heads // key_heads
-    splits = max(1, min(SPLITS, triton.cdiv(room, 2 * KEYS), triton.cdiv(264, batch * key_heads)))
+    longest = page_size if longest is None else longest
+    splits = max(1, min(SPLITS, triton.cdiv(longest, 2 * KEYS), triton.cdiv(264, batch * key_heads)))
     out = q.new_empty(batch, heads, size)
     partial = torch.empty(batch, heads, splits, size, dtype=torch.float32, device=q.device)
     weights = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device)
     width = max(16, triton.next_power_of_2(size))
     _attention_kernel[(splits, key_heads, batch)](
-        q, frequencies, keys, values, slots, positions, partial, weights, *q.stride()[:2], *keys.stride()[:3],
-        len(frequencies), heads, group, size, size**-0.5, ROWS=max(ROWS, triton.next_power_of_2(group)), WIDTH=width,
+        q, frequencies, keys, values, slots, positions, *(pages or (None, None)), partial, weights, *q.stride()[:2],
+        *keys.stride()[:3], page_size, len(frequencies), heads, group, size, size**-0.5, PAGED=pages is not None,
+        ROWS=max(ROWS, triton.next_power_of_2(group)), WIDTH=width,
         KEYS=KEYS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_stages=2,
     )  # fmt: skip
     _combine_kernel[(heads, batch)](
@@ -202,13 +216,17 @@ def _turned(p_x, p_frequencies, position, ok, i, half):
 
 @triton.jit
 def _append_kernel(
-    p_k, p_v, p_frequencies, p_keys, p_values, p_slots, p_positions, k_b, k_h, v_b, v_h, pool_s, pool_t, pool_h,
-    half, size, WIDTH: tl.constexpr,
+    p_k, p_v, p_frequencies, p_keys, p_values, p_slots, p_positions, p_begins, p_tables, k_b, k_h, v_b, v_h,
+    pool_p, pool_t, pool_h, page_size, half, size, PAGED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     h, b, i = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
-    slot, position = tl.load(p_slots + b).to(tl.int64), tl.load(p_positions + b).to(tl.int64)
+    slot, position = tl.load(p_slots + b), tl.load(p_positions + b)
     ok = i < tl.where(slot >= 0, size, 0)
-    at = slot * pool_s + position * pool_t + h * pool_h + i
+    page, row = slot, position
+    if PAGED:
+        page = tl.load(p_tables + tl.load(p_begins + b) + position // page_size, mask=slot >= 0, other=0)
+        row = position % page_size
+    at = page.to(tl.int64) * pool_p + row.to(tl.int64) * pool_t + h * pool_h + i
     k = _turned(p_k + b * k_b + h * k_h, p_frequencies, position, ok, i, half)
     v = tl.load(p_v + b * v_b + h * v_h + i, mask=ok, other=0.0)
     tl.store(p_keys + at, k.to(p_keys.dtype.element_ty), mask=ok)
@@ -217,14 +235,16 @@ def _append_kernel(
 
 @triton.jit
 def _attention_kernel(
-    p_q, p_frequencies, p_keys, p_values, p_slots, p_positions, p_partial, p_weights, q_b, q_h, pool_s, pool_t, pool_h,
-    half, heads, group, size, scale, ROWS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p_q, p_frequencies, p_keys, p_values, p_slots, p_positions, p_begins, p_tables, p_partial, p_weights, q_b, q_h,
+    pool_p, pool_t, pool_h, page_size, half, heads, group, size, scale, PAGED: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The query heads that share a key head, over this split's part of the keys: an online softmax."""
     split, key_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    slot, position = tl.load(p_slots + b).to(tl.int64), tl.load(p_positions + b)
+    slot, position = tl.load(p_slots + b), tl.load(p_positions + b)
     length = tl.where(slot >= 0, position + 1, 0)
+    if PAGED:
+        p_tables += tl.load(p_begins + b)
     share = tl.cdiv(tl.cdiv(length, tl.num_programs(0)), KEYS) * KEYS
     begin = split * share
     end = tl.minimum(begin + share, length)
@@ -241,7 +261,12 @@ def _attention_kernel(
     for start in range(begin, end, KEYS):
         token = start + tl.arange(0, KEYS)
         real = token < end
-        at = slot * pool_s + token.to(tl.int64)[:, None] * pool_t + key_head * pool_h + i[None, :]
+        if PAGED:
+            page = tl.load(p_tables + token // page_size, mask=real, other=0).to(tl.int64)
+            place = page * pool_p + (token % page_size) * pool_t
+        else:
+            place = slot.to(tl.int64) * pool_p + token.to(tl.int64) * pool_t
+        at = place[:, None] + key_head * pool_h + i[None, :]
         inside = real[:, None] & (i < size)[None, :]
         keys = tl.load(p_keys + at, mask=inside, other=0.0)
         values = tl.load(p_values + at, mask=inside, other=0.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fulmen.ops import gpu
-from fulmen.ops.cpu.step import LayerMemory, StepLayer, StepShape
+from fulmen.ops.cpu.step import LayerMemory, Places, StepLayer, StepShape
 
 
 class Choices(NamedTuple):
@@ -31,19 +31,22 @@ class Step:
         self._side = torch.cuda.Stream(norm.device) if norm.is_cuda else None
 
     def __call__(
-        self, x: Tensor, memories: Sequence[LayerMemory], slots: Tensor, positions: Tensor
+        self, x: Tensor, memories: Sequence[LayerMemory], places: Places, *, longest: int | None = None
     ) -> tuple[Tensor, Choices]:
-        """Layers and norm of x [B, hidden], each sequence's token at `positions` [B] int32 of its slot, [B] int32.
+        """Layers and norm of x [B, hidden], the next token of the sequence at each of `places`, on the GPU.
 
-        Memories are changed in place. Nothing here depends on a number that only the GPU knows.
+        Memories are changed in place; slots of -1 pad. Nothing here depends on a number that only the GPU knows:
+        `longest` is for how many tokens in a sequence's pages it shall be fast; None: a page.
         """
         first, choices = self.layers[0], self._new_choices(x)
         normed = gpu.norm.rms_norm(x, first.tensors["w_before"], first.constants["eps_before"])
         for index, (layer, memory) in enumerate(zip(self.layers, memories, strict=True)):
             w, c = layer.tensors, layer.constants
             router = gpu.decoding.Router(w["w_router"], *(each[index] for each in choices))
-            mix = self._lightning if memory.state is not None else self._softmax
-            branch = mix(normed, layer, memory, slots, positions)
+            if memory.state is not None:
+                branch = self._lightning(normed, layer, memory, places)
+            else:
+                branch = self._softmax(normed, layer, memory, places, longest)
             normed = gpu.decoding.add_norm(
                 normed, branch, c["mixer_alpha"], c["mixer_beta"], w["w_after"], c["eps_after"], router=router
             )
@@ -62,21 +65,22 @@ class Step:
         weights = torch.empty(layers, batch, k, dtype=torch.float32, device=x.device)
         return Choices(experts, weights, weights.new_empty(layers, batch, num_experts))
 
-    def _lightning(self, x: Tensor, layer: StepLayer, memory: LayerMemory, slots: Tensor, positions: Tensor) -> Tensor:
+    def _lightning(self, x: Tensor, layer: StepLayer, memory: LayerMemory, places: Places) -> Tensor:
         w, heads, size = layer.tensors, self.shape.heads, self.shape.dim
         with self._beside():
             gate = x @ w["w_gate"].T
         q, k, v = (x @ w["w_q"].T).view(-1, heads, 3, size).unbind(2)
-        out = gpu.decoding.lightning_step_(q, k, v, w["rates"], memory.state, slots, silu=True)
+        out = gpu.decoding.lightning_step_(q, k, v, w["rates"], memory.state, places.slots, silu=True)
         self._join()
         return gpu.norm.rms_norm(out.flatten(1), w["w_norm"], layer.constants["eps_norm"], gate) @ w["w_out"].T
 
-    def _softmax(self, x: Tensor, layer: StepLayer, memory: LayerMemory, slots: Tensor, positions: Tensor) -> Tensor:
+    def _softmax(self, x: Tensor, layer: StepLayer, memory: LayerMemory, places: Places, longest: int | None) -> Tensor:
         w, size = layer.tensors, self.shape.dim
         q, k, v = ((x @ w[name].T).view(len(x), -1, size) for name in ("w_q", "w_k", "w_v"))
-        place = (memory.keys, memory.values, slots, positions)
+        pages = None if places.tables is None else gpu.decoding.Tables(places.begins, places.tables)
+        place = (memory.keys, memory.values, places.slots, places.positions, pages)
         gpu.decoding.append_keys_(k, v, self.frequencies, *place)
-        return gpu.decoding.attention_step(q, self.frequencies, *place).flatten(1) @ w["w_out"].T
+        return gpu.decoding.attention_step(q, self.frequencies, *place, longest=longest).flatten(1) @ w["w_out"].T
 
     @contextmanager
     def _beside(self) -> Iterator[None]:

@@ -1,0 +1,50 @@
+"""What several verbs share: how one is declared, and how it says that it failed or stopped."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def verb(verbs, name: str, run: Callable[[argparse.Namespace], int] | None, text: str, example: str):
+    parser = verbs.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def recipe_arguments(parser: argparse.ArgumentParser, default: str = "runs/NAME-OF-RECIPE") -> None:
+    parser.add_argument("--dir", type=Path, help=f"folder of the run (default: {default})")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=VALUE",
+        help="override a key of the recipe; may be given several times",
+    )
+
+
+def fail(message: str, code: int) -> int:
+    print(f"fulmen: error: {message}", file=sys.stderr)
+    return code
+
+
+def stopped(verb: list[str], folder: Path, place: str, signal_number: int) -> int:
+    # The run's own copy of the recipe holds all that --set changed.
+    command = shlex.join(["fulmen", *verb, str(folder / "recipe.toml"), "--dir", str(folder), "--resume"])
+    print(f"stopped at {place}, snapshot saved; go on with\n  {command}")
+    return 128 + signal_number

@@ -1,0 +1,146 @@
+"""`fulmen serve` and `plan`."""
+
+import argparse
+import asyncio
+import socket
+import sys
+from pathlib import Path
+
+from fulmen.cli.parts import DTYPES, count, verb
+from fulmen.config import UserError
+
+GB = 10**9
+
+
+def add(verbs) -> None:
+    parser = verb(
+        verbs,
+        "serve",
+        _serve,
+        "answer requests of OpenAI's API, with a chat page at /",
+        "fulmen serve runs/quickstart --port 8000",
+    )
+    parser.add_argument("path", type=Path, help="a checkpoint's folder, or a training run's")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free (default: 8000)")
+    parser.add_argument("--name", help="the model's name in the API (default: the folder's)")
+    parser.add_argument("--api-key", metavar="KEY", help="ask everybody for it (default: nobody is asked)")
+    help_text = "a web page's origin that may call the API; repeatable (default: none but the chat page)"
+    parser.add_argument("--cors-origin", action="append", default=[], metavar="URL", help=help_text)
+    parser.add_argument("--max-waiting", type=int, default=1024, help="requests in the queue (default: 1024)")
+    parser.add_argument("--grace", type=float, default=30, help="seconds to end answers when stopped (default: 30)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    parser.add_argument("--memory", type=float, metavar="GB", help="for everything (default: what is free)")
+    _memory_arguments(parser)
+
+    parser = verb(
+        verbs,
+        "plan",
+        _plan,
+        "print how an engine would divide memory, without loading anything",
+        "fulmen plan minimax-text-01 --dtype int8 --devices 8 --memory 80 --max-context 1000000",
+    )
+    parser.add_argument("model", help="a named size, a checkpoint's folder or a training run's")
+    parser.add_argument("--dtype", choices=(*DTYPES, "int8"), default="bfloat16", help="(default: bfloat16)")
+    parser.add_argument("--devices", type=count, default=1, help="that share the model evenly (default: 1)")
+    parser.add_argument("--memory", type=float, metavar="GB", required=True, help="of each device")
+    parser.add_argument("--share", type=float, default=0.9, help="of the memory that is used (default: 0.9)")
+    _memory_arguments(parser)
+
+
+def _memory_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-sequences", type=count, default=64, help="that run at the same time (default: 64)")
+    help_text = "tokens of prompt and answer (default: the model's positions, as far as they fit)"
+    parser.add_argument("--max-context", type=count, help=help_text)
+    parser.add_argument("--chunk-tokens", type=count, default=512, help="of prompts in one step (default: 512)")
+    parser.add_argument("--page-size", type=count, default=16, help="tokens of a page of keys and values (default: 16)")
+    parser.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt anew")
+
+
+def _settings(arguments: argparse.Namespace, **others):
+    from fulmen.serve import EngineSettings
+
+    return EngineSettings(
+        max_sequences=arguments.max_sequences,
+        max_context=arguments.max_context,
+        chunk_tokens=arguments.chunk_tokens,
+        page_size=arguments.page_size,
+        prefix_cache=not arguments.no_prefix_cache,
+        **others,
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from fulmen.checkpoint import find_checkpoint, load_config
+    from fulmen.model import PRESETS
+    from fulmen.serve import plan_memory
+
+    known = arguments.model in PRESETS or not Path(arguments.model).exists()
+    config = PRESETS.get(arguments.model) if known else load_config(find_checkpoint(arguments.model))
+    if config is None:
+        raise UserError(f"{arguments.model} is neither a folder nor a named size ({', '.join(PRESETS)})")
+    if not 0 < arguments.share <= 1:
+        raise UserError(f"--share must be above 0 and at most 1, got {arguments.share}")
+    plan = plan_memory(
+        config,
+        _settings(arguments),
+        budget=int(arguments.devices * arguments.memory * arguments.share * GB),
+        weights=config.weight_bytes(arguments.dtype),
+        number_bytes=4 if arguments.dtype == "float32" else 2,
+    )
+    print(f"{arguments.devices} x {arguments.memory:g} GB, of which {arguments.share:.0%}; {arguments.dtype} weights")
+    print(plan.table())
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from fulmen.model import choose_device
+    from fulmen.serve import Engine
+
+    memory = None if arguments.memory is None else int(arguments.memory * GB)
+    settings = _settings(arguments, memory=memory, max_waiting=arguments.max_waiting)
+    with _listen(arguments.host, arguments.port) as listening:
+        engine = Engine.load(
+            arguments.path,
+            settings,
+            device=choose_device(arguments.device),
+            dtype=getattr(torch, arguments.dtype),
+            show_plan=lambda plan: print(plan.table(), flush=True),
+        )
+        asyncio.run(_run(engine, listening, arguments))
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket there, before minutes are spent on loading."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise UserError(f"cannot listen at {host}:{port}: {error}; give another --host or --port") from None
+    return listening
+
+
+async def _run(engine, listening: socket.socket, arguments: argparse.Namespace) -> None:
+    from fulmen.serve.running import serve
+
+    host, port = listening.getsockname()[:2]
+    name = arguments.name or arguments.path.resolve().name
+    shown = f"[{host}]" if ":" in host else host
+    await serve(
+        engine,
+        listening,
+        model_name=name,
+        api_key=arguments.api_key,
+        cors_origins=arguments.cors_origin,
+        grace=arguments.grace,
+        when_ready=lambda: print(
+            f"{name}: chat at http://{shown}:{port}/, API at http://{shown}:{port}/v1", file=sys.stderr, flush=True
+        ),
+    )

@@ -1,0 +1,141 @@
+"""`fulmen generate` and `chat`."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from fulmen.cli.parts import DTYPES, verb
+from fulmen.config import UserError
+
+
+def add(verbs) -> None:
+    parser = verb(
+        verbs,
+        "generate",
+        _generate,
+        "continue a text",
+        "fulmen generate runs/quickstart --prompt 'def main(' --max-tokens 100",
+    )
+    _sampling_arguments(parser)
+    parser.add_argument("--prompt", "-p", help="text to continue (default: read from standard input)")
+    parser = verb(
+        verbs,
+        "chat",
+        _chat,
+        "talk with a model; /reset forgets, /exit or Ctrl-D leaves",
+        "fulmen chat runs/quickstart --temperature 0.5",
+    )
+    _sampling_arguments(parser)
+    parser.add_argument("--system", help="system message that opens the conversation")
+
+
+def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="a checkpoint's folder, or a training run's")
+    parser.add_argument("--max-tokens", type=int, default=256, help="tokens of an answer at most (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the K likeliest tokens (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among those that reach probability P (default: 1)"
+    )
+    help_text = "draw among those with at least this part of the likeliest one's probability (default: 0)"
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help=help_text)
+    help_text = "above 1 makes tokens of prompt and answer less likely (default: 1)"
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help=help_text)
+    help_text = "taken from the logit of a token in the answer, once or each time (default: 0)"
+    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help=help_text)
+    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help=help_text)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    parser.add_argument("--seed", type=int, help="same seed, same answer (default: new each time)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    params = _sampling_params(arguments)
+    prompt = _read_prompt() if arguments.prompt is None else arguments.prompt
+    engine = _load_engine(arguments)
+    pieces = engine.stream(engine.encode(prompt), params)
+    print(prompt, end="", flush=True)
+    try:
+        for piece in pieces:
+            print(piece.text, end="", flush=True)
+    finally:
+        print()
+    return 0
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        print("type the text to continue, then Ctrl-D:", file=sys.stderr)
+    with _utf8_input():
+        return sys.stdin.read()
+
+
+@contextlib.contextmanager
+def _utf8_input() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the input is not UTF-8 at byte offset {error.start}: convert it, for example with iconv"
+        ) from None
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from fulmen.serve import Conversation
+
+    # Gives `input` its line editing and history, where Python has it.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+
+    params = _sampling_params(arguments)
+    engine = _load_engine(arguments)
+    conversation = Conversation(engine, system=arguments.system)
+    while True:
+        try:
+            with _utf8_input():
+                text = input("you: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if text == "/exit":
+            return 0
+        if text == "/reset":
+            conversation = Conversation(engine, system=arguments.system)
+        elif text:
+            _print_reply(conversation, text, params)
+
+
+def _print_reply(conversation, text: str, params) -> None:
+    """Stream an answer; Ctrl-C leaves it and keeps the conversation, and so does an error the user can mend."""
+    print("ai: ", end="", flush=True)
+    try:
+        with contextlib.closing(conversation.reply(text, params)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [left]", end="")
+    except UserError as error:
+        print(f"[{error}; /reset starts anew]", end="")
+    print()
+
+
+def _sampling_params(arguments: argparse.Namespace):
+    from fulmen.serve import SamplingParams
+
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+    chosen = {name: getattr(arguments, name) for name in (*names, "frequency_penalty", "seed")}
+    return SamplingParams(**chosen, stop=tuple(arguments.stop))
+
+
+def _load_engine(arguments: argparse.Namespace):
+    """For one person, whose turns are all that its memory must hold."""
+    import torch
+
+    from fulmen.model import choose_device
+    from fulmen.serve import Engine, EngineSettings
+
+    device, settings = choose_device(arguments.device), EngineSettings(max_sequences=1)
+    return Engine.load(arguments.path, settings, device=device, dtype=getattr(torch, arguments.dtype))

@@ -180,6 +180,20 @@ def test_more_sequences_than_a_record_has_rows(model, steps, monkeypatch, gpu_de
     assert len(steps) == 1
 
 
+def test_tables_outgrow_their_record(model, steps, gpu_device):
+    tokens, rooms = torch.randint(CONFIG.vocab_size, (1, 5), device=gpu_device), []
+    pool = CachePool(CONFIG, slots=4, pages=6, page_size=1, device=gpu_device)
+    for start, length in ((0, 2), (2, 1), (3, 1), (4, 1)):
+        batch = PoolBatch(pool, slots=[1], tables=[[4, 2, 0, 5, 1]], starts=[start], lengths=[length])
+        hidden, _ = model.hidden(tokens[:, start : start + length], cache=batch)
+        if length == 1:
+            rooms.append(len(plan_of(model).step._records[pool].by_rows[1].places.tables))
+    with torch.enable_grad():
+        whole = model.hidden(tokens)[0].detach()
+    torch.testing.assert_close(hidden[0, 0], whole[0, -1], rtol=0, atol=5e-5)
+    assert rooms == [4, 4, 8]
+
+
 def plan_of(model):
     return step._PLANS[model]
 

@@ -128,7 +128,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def _run(engine, listening: socket.socket, arguments: argparse.Namespace) -> None:
-    from fulmen.serve.running import serve
+    from fulmen.serve.server import serve
 
     host, port = listening.getsockname()[:2]
     name = arguments.name or arguments.path.resolve().name

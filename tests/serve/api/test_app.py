@@ -20,10 +20,10 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from hypothesis.strategies import just
-from tests.serve.fakes import MODEL, FakeService, failed, live
+from tests.serve.api.fakes import MODEL, FakeService, failed, live
 
 from fulmen.config import UserError
-from fulmen.serve.server import create_app
+from fulmen.serve.api.app import create_app
 from fulmen.serve.types import Piece, QueueFull
 
 HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fulmen.serve.api_errors import ApiError, failure
+from fulmen.serve.api.errors import ApiError, failure
 
 LOG = logging.getLogger(__name__)
 

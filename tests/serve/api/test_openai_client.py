@@ -7,10 +7,10 @@ import json
 import openai
 import pydantic
 import pytest
-from tests.serve.fakes import MODEL, FakeService, failed, live
+from tests.serve.api.fakes import MODEL, FakeService, failed, live
 
 from fulmen.config import UserError
-from fulmen.serve.server import create_app
+from fulmen.serve.api.app import create_app
 from fulmen.serve.service import Service
 from fulmen.serve.types import QueueFull
 

@@ -7,12 +7,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from fulmen.data import Tokenizer
-from fulmen.serve.answering import Api, EventStream, Streams, Used, unless_left
-from fulmen.serve.api_errors import ApiError, blaming
-from fulmen.serve.limits import JsonRoute
-from fulmen.serve.params import SamplingParams
-from fulmen.serve.protocol import DEFAULT_COMPLETION, MAX_ANSWERS_IN_ALL, CompletionRequest
-from fulmen.serve.replies import (
+from fulmen.serve.api.answering import Api, EventStream, Streams, Used, unless_left
+from fulmen.serve.api.errors import ApiError, blaming
+from fulmen.serve.api.limits import JsonRoute
+from fulmen.serve.api.protocol import DEFAULT_COMPLETION, MAX_ANSWERS_IN_ALL, CompletionRequest
+from fulmen.serve.api.replies import (
     LEAST_LOGPROB,
     TextChoice,
     TextCompletion,
@@ -22,6 +21,7 @@ from fulmen.serve.replies import (
     given_logprobs,
     token_text,
 )
+from fulmen.serve.params import SamplingParams
 from fulmen.serve.types import Piece, TokenLogprobs
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string", "description": "A chunk as JSON, or [DONE]"}}}

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from tests.serve.fakes import MODEL, FakeService, failed, live
+from tests.serve.api.fakes import MODEL, FakeService, failed, live
 
-from fulmen.serve.server import create_app
+from fulmen.serve.api.app import create_app
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page is tested in Debian's chromium, which is not here")

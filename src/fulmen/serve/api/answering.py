@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from fulmen.data import Tokenizer
-from fulmen.serve.api_errors import ApiError, failure, stopping
+from fulmen.serve.api.errors import ApiError, failure, stopping
+from fulmen.serve.api.replies import PromptDetails, Usage
 from fulmen.serve.params import SamplingParams
-from fulmen.serve.replies import PromptDetails, Usage
 from fulmen.serve.types import Piece
 
 LOG = logging.getLogger(__name__)

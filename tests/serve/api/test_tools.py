@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fulmen.config import UserError
+from fulmen.serve.api.tools import CallParser, Part, describe_tools, require_call, write_calls, write_result
 from fulmen.serve.structure import Grammars
-from fulmen.serve.tools import CallParser, Part, describe_tools, require_call, write_calls, write_result
 
 NAMES = ("get_weather", "go")
 CALL = '<function_call>```typescript\nfunctions.get_weather({"city": "Köln"})\n```'

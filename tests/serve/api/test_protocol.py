@@ -4,10 +4,10 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from fulmen.serve.api_errors import MAX_MESSAGE, ApiError, invalid_request
-from fulmen.serve.chat_api import chat_params, model_messages
+from fulmen.serve.api.chat import chat_params, model_messages
+from fulmen.serve.api.errors import MAX_MESSAGE, ApiError, invalid_request
+from fulmen.serve.api.protocol import MAX_MESSAGES, ChatRequest, CompletionRequest, TokenizeRequest
 from fulmen.serve.params import SamplingParams
-from fulmen.serve.protocol import MAX_MESSAGES, ChatRequest, CompletionRequest, TokenizeRequest
 from fulmen.serve.structure import Structure
 
 USER = {"role": "user", "content": "Hello"}

@@ -8,13 +8,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from fulmen.data import encode_chat
-from fulmen.serve.answering import Api, EventStream, Streams, Used, unless_left
-from fulmen.serve.api_errors import ApiError, blaming
-from fulmen.serve.completions_api import STREAM
-from fulmen.serve.limits import JsonRoute
-from fulmen.serve.params import SamplingParams
-from fulmen.serve.protocol import AssistantMessage, ChatRequest, Content, NamedChoice, Tool, ToolMessage
-from fulmen.serve.replies import (
+from fulmen.serve.api.answering import Api, EventStream, Streams, Used, unless_left
+from fulmen.serve.api.completions import STREAM
+from fulmen.serve.api.errors import ApiError, blaming
+from fulmen.serve.api.limits import JsonRoute
+from fulmen.serve.api.protocol import AssistantMessage, ChatRequest, Content, NamedChoice, Tool, ToolMessage
+from fulmen.serve.api.replies import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -30,7 +29,8 @@ from fulmen.serve.replies import (
     envelope,
     given_logprobs,
 )
-from fulmen.serve.tools import CallParser, Part, describe_tools, require_call, write_calls, write_result
+from fulmen.serve.api.tools import CallParser, Part, describe_tools, require_call, write_calls, write_result
+from fulmen.serve.params import SamplingParams
 from fulmen.serve.types import Piece
 
 ROLES = {"developer": "system"}

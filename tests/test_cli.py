@@ -10,6 +10,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulmen.cli import _parser, main
+from fulmen.cli import _parser, main, serving
 from fulmen.run import RunDirectory, SnapshotStore
 from fulmen.serve.sampling import Drawn
 from fulmen.train import Trainer
@@ -66,7 +67,7 @@ TINY = [
     *("data.sources=['text.txt']", "data.sequence_length=32", "data.held_out_tokens=64"),
     *("schedule.steps=3", "schedule.warmup=1", "schedule.decay=1", "schedule.batch_tokens=32"),
 ]
-VERBS = ("quickstart", "train", "generate", "chat", "info", "convert", "make-tiny")
+VERBS = ("quickstart", "train", "generate", "chat", "serve", "plan", "info", "convert", "make-tiny")
 
 
 @pytest.fixture
@@ -163,6 +164,42 @@ class TestArguments:
             ("info tiny --batch 0", "argument --batch: must be an integer of at least 1, got '0'"),
             ("info tiny --batch 1.5", "argument --batch: must be an integer of at least 1, got '1.5'"),
             ("info tiny --dtype int3", "argument --dtype: invalid choice: 'int3'"),
+            ("serve", "the following arguments are required: path"),
+            ("serve run --port 0", "there is no config.json in run: name the folder of a checkpoint"),
+            ("serve .. --port 0", "there is no config.json in ..: name the folder of a checkpoint"),
+            ("serve text.txt --port 0", "there is no config.json in text.txt: name the folder of a checkpoint"),
+            ("serve run --port x", "argument --port: must be a number from 0 to 65535, got 'x'"),
+            ("serve run --port -1", "argument --port: must be a number from 0 to 65535, got '-1'"),
+            ("serve run --port 65536", "argument --port: must be a number from 0 to 65535, got '65536'"),
+            ("serve run --port 1.5", "argument --port: must be a number from 0 to 65535, got '1.5'"),
+            ("serve run --host 192.0.2.1", "cannot listen at 192.0.2.1:8000: [Errno"),
+            ("serve run --host ä..b", "cannot listen at ä..b:8000: encoding of hostname failed"),
+            ("serve run --host ''", "argument --host: must not be empty"),
+            ("serve run --api-key ''", "argument --api-key: must not be empty"),
+            ("serve run --api-key 'secret '", "argument --api-key: must not be empty, or begin or end with a blank"),
+            ("serve run --port 0 --memory 0", "argument --memory: must be a number from 1e-09 to 1e+09, got '0'"),
+            ("serve run --port 0 --memory -1", "argument --memory: must be a number from 1e-09 to 1e+09, got '-1'"),
+            ("serve run --port 0 --memory nan", "argument --memory: must be a number from 1e-09 to 1e+09, got 'nan'"),
+            ("serve run --port 0 --memory inf", "argument --memory: must be a number from 1e-09 to 1e+09, got 'inf'"),
+            ("serve run --port 0 --memory 8GB", "argument --memory: must be a number from 1e-09 to 1e+09, got '8GB'"),
+            ("serve run --port 0 --grace -1", "argument --grace: must be a number from 0 to 1e+06, got '-1'"),
+            ("serve run --port 0 --grace nan", "argument --grace: must be a number from 0 to 1e+06, got 'nan'"),
+            ("serve run --port 0 --max-waiting -1", "max_waiting must be 0 or more, got -1"),
+            ("serve run --port 0 --max-context 0", "argument --max-context: must be an integer of at least 1, got '0'"),
+            ("serve run --port 0 --device gpu", "device 'gpu' cannot be used here"),
+            ("serve run --port 0 --dtype int3", "argument --dtype: invalid choice: 'int3'"),
+            ("plan tiny", "the following arguments are required: --memory"),
+            ("plan nothing --memory 1", "nothing is neither a folder nor a named size (tiny, 70m"),
+            ("plan .. --memory 1", "there is no config.json in ..: name the folder of a checkpoint"),
+            ("plan tiny --memory nan", "argument --memory: must be a number from 1e-09 to 1e+09, got 'nan'"),
+            ("plan tiny --memory 1e300", "argument --memory: must be a number from 1e-09 to 1e+09, got '1e300'"),
+            ("plan tiny --memory 1 --share 0", "--share must be above 0 and at most 1, got 0.0"),
+            ("plan tiny --memory 1 --share 1.5", "--share must be above 0 and at most 1, got 1.5"),
+            ("plan tiny --memory 1 --share nan", "--share must be above 0 and at most 1, got nan"),
+            ("plan tiny --memory 1 --share half", "argument --share: invalid float value: 'half'"),
+            ("plan tiny --memory 1 --devices 0", "argument --devices: must be an integer of at least 1, got '0'"),
+            ("plan tiny --memory 1 --max-context 9000", "max_context 9000 exceeds the model's 8192 positions"),
+            ("plan tiny --memory 0.01", "9.0 MB of memory are not enough for 34.4 MB of weights"),
             ("convert a b", "the following arguments are required: --dialect"),
             ("convert a b --dialect transformers", "there is no config.json in a: name the folder of a checkpoint"),
             ("make-tiny x --dialect new", "argument --dialect: invalid choice: 'new'"),
@@ -562,6 +599,46 @@ class TestCheckpoints:
         assert json.loads((folder / "copy/generation_config.json").read_text())["eos_token_id"] == 288
         greedy = ("-p", "keys", "--temperature", 0, "--max-tokens", 8)
         assert fulmen("generate", "copy", *greedy) == fulmen("generate", finished, *greedy)
+
+
+class TestServe:
+    """What keeps a server from its start; tests/serve/test_server.py has what happens then."""
+
+    @pytest.mark.parametrize("state", ["listens", "loads"])
+    def test_a_port_that_is_taken(self, fulmen, finished, state):
+        with socket.socket() if state == "listens" else serving._listen("127.0.0.1", 0) as other:
+            if state == "listens":
+                other.bind(("127.0.0.1", 0))
+                other.listen()
+            port = other.getsockname()[1]
+            result = fulmen("serve", finished, "--port", port)
+        assert not assert_refused(result, f"cannot listen at 127.0.0.1:{port}: [Errno", "give another --host or --port")
+
+    def test_a_run_that_has_not_ended(self, fulmen, finished, folder):
+        shutil.copytree(finished, "run", ignore=shutil.ignore_patterns("checkpoint"))
+        assert_refused(fulmen("serve", "run", "--port", 0), "run is a training run that has not ended")
+
+    def test_memory_that_is_too_little_is_refused_with_what_would_do(self, fulmen, finished, monkeypatch):
+        """The numbers that the first refusal names are right, the flag too."""
+        monkeypatch.setattr(serving, "_run", ended)
+        result = fulmen("serve", finished, "--port", 0, "--memory", 0.0005)
+        assert not assert_refused(result, "500.0 kB of memory are not enough for")
+        enough = float(re.search(r": ([\d.]+) MB are$", result[2])[1])
+        assert fulmen("serve", finished, "--port", 0, "--memory", f"{enough / 1000:.6f}")[0] == 0
+        assert fulmen("serve", finished, "--port", 0, "--memory", f"{(enough - 0.1) / 1000:.6f}")[0] == 2
+
+    def test_a_context_that_is_too_long_is_refused_with_the_one_that_would_do(self, fulmen):
+        plan = ("plan", "tiny", "--memory", 0.055)
+        result = fulmen(*plan, "--max-context", 8192)
+        assert not assert_refused(result, "8192 tokens do not fit into 49.5 MB", " would; give that as --max-context")
+        fitting = int(re.search(r": (\d+) would", result[2])[1])
+        code, out, _ = fulmen(*plan, "--max-context", fitting)
+        assert (code, re.search(r"longest sequence +(\d+)", out)[1]) == (0, str(fitting))
+        assert fulmen(*plan, "--max-context", fitting + 1)[0] == 2
+
+
+async def ended(*_):
+    """A server that somebody has stopped already."""
 
 
 def test_a_reader_that_has_gone():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fulmen.model import LanguageModel, ModelConfig, graph, step
+from fulmen.model.int8 import quantize_
 from fulmen.model.pool import CachePool, PoolBatch
 from fulmen.ops import cpu, gpu
 
@@ -77,6 +78,13 @@ def test_equals_the_modules(model, batch, steps, gpu_device, poisoned_memory):
     tokens = torch.randint(CONFIG.vocab_size, (batch, 9), device=gpu_device)
     torch.testing.assert_close(decode(model, tokens), forward(model, tokens), rtol=0, atol=5e-5)
     assert len(steps) == 8, "the first token finds an empty cache"
+
+
+def test_int8(model, steps, gpu_device):
+    quantize_(model)
+    tokens = torch.randint(CONFIG.vocab_size, (3, 9), device=gpu_device)
+    torch.testing.assert_close(decode(model, tokens), forward(model, tokens), rtol=0, atol=5e-5)
+    assert len(steps) == 8
 
 
 def test_keys_and_values_outgrow_their_buffer(model, steps, gpu_device):

@@ -292,6 +292,19 @@ def test_load(tmp_path, model, tokenizer, new_engine):
     assert len(tokens(narrow.stream([5], GREEDY))) == 20
 
 
+def test_load_in_int8(tmp_path, model, tokenizer):
+    save_model(model, tmp_path, tokenizer=tokenizer)
+    plans = []
+    loaded = Engine.load(tmp_path, EngineSettings(max_sequences=2), dtype=torch.int8, show_plan=plans.append)
+    assert plans[0].weights == model.config.weight_bytes("int8", rest="float32")
+    assert loaded.plan.weights == plans[0].weights + sum(
+        layer.self_attn.rates.nbytes for layer in loaded.model.layers[:1]
+    )
+    assert loaded.plan.activations == plans[0].activations
+    requests = random_requests(5)
+    assert drive(loaded, requests) == [greedy(loaded.model, prompt, params.max_tokens) for prompt, params in requests]
+
+
 def test_memory_that_does_not_do_is_refused_before_the_weights_are_read(tmp_path, model, tokenizer):
     save_model(model, tmp_path, tokenizer=tokenizer)
     (tmp_path / "model.safetensors").write_bytes(b"damaged")

@@ -1,5 +1,7 @@
 """Memory is divided before anything is loaded, and what cannot be is refused with what would fit."""
 
+import re
+
 import pytest
 
 from fulmen.config import UserError
@@ -63,6 +65,30 @@ def test_memory_that_does_not_do_is_refused_with_how_much_would():
         plan_memory(TINY, settings, budget=80_000_000, weights=80_000_000, number_bytes=4)
     with pytest.raises(UserError, match="max_context 8193 exceeds the model's 8192 positions"):
         plan_memory(TINY, EngineSettings(max_context=8193), budget=GB, weights=0)
+
+
+@pytest.mark.parametrize("context", [None, 1, 500, 8192])
+@pytest.mark.parametrize("memory", [1, 60_000_000, 72_000_000, 75_000_000, 80_000_000, 85_000_000])
+@pytest.mark.parametrize("weights", [60_000_000, 71_234_567])
+def test_what_a_refusal_names_is_enough_and_no_less_is(memory, context, weights):
+    def plan(budget, context):
+        return plan_memory(TINY, EngineSettings(max_context=context), budget=budget, weights=weights, number_bytes=4)
+
+    try:
+        assert plan(memory, context).total <= memory
+        return
+    except UserError as error:
+        number, unit = re.search(r"([\d.]+) (kB|MB)(?: of memory| are)$", str(error)).groups()
+        shorter = re.search(r": (\d+) would; give that as --max-context, or", str(error))
+    unit = {"kB": 1e3, "MB": 1e6}[unit]
+    assert plan(round(float(number) * unit), context)
+    with pytest.raises(UserError):
+        plan(round((float(number) - 0.1) * unit) - 1, context)
+    assert shorter or context is None or memory < weights + plan(GB, 1).activations + 2_000_000
+    if shorter:
+        assert plan(memory, int(shorter[1])).max_context == int(shorter[1])
+        with pytest.raises(UserError):
+            plan(memory, int(shorter[1]) + 1)
 
 
 def test_too_little_for_snapshots_is_said():

@@ -72,6 +72,7 @@ def test_who_leaves_frees_memory(engine, way):
                 await asyncio.gather(task, return_exceptions=True)
             await at_rest(service)
             assert number(service, "pages_in_use") == number(service, "requests_running") == 0
+            assert number(service, 'answers_total{reason="abort"}') == 1
             return await whole(service.stream([5, 6], SHORT))
 
     assert len(asyncio.run(run())[0].tokens) == 5

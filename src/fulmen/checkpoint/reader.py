@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from fulmen.checkpoint.config import load_config, read_json
 from fulmen.checkpoint.names import Piece, ignored_names, published_pieces, stacked_pieces
 from fulmen.config import UserError
 from fulmen.model import LanguageModel
+from fulmen.model.int8 import NAMES, allocate_int8, int8_matrices, rest_dtype
+from fulmen.ops.int8 import quantize_rows
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -36,11 +38,13 @@ def load_model(
 
     The headers of all files are checked before the first tensor is read. Files are mapped into memory, and each tensor
     is copied from there straight to its place on `device` in `dtype`: the model is held once, and the map of one shard
-    at a time is cache that the kernel may take back. Decay rates stay fp32.
+    at a time is cache that the kernel may take back. Decay rates stay fp32. With torch.int8 each tensor of projections
+    and experts is rounded on its way (see `fulmen.ops.int8`); the rest is fp32 on a CPU and bf16 on a GPU.
 
     Raises:
         UserError: a file is missing, cut short or not safetensors; a tensor is missing, unexpected, of another shape or
-            quantised; the configuration is refused (`load_config`); there are only pickled weights.
+            quantised; the configuration is refused (`load_config`); there are only pickled weights; a weight that int8
+            is wanted of is not finite.
     """
     folder = Path(path)
     config = load_config(folder)
@@ -50,13 +54,14 @@ def load_model(
     entries = _read_headers(shards)
     pieces = _match(folder, entries, model)
     _allocate(model, device, dtype)
+    scales = {name: getattr(module, NAMES[matrix]) for name, (module, matrix) in int8_matrices(model).items()}
     parameters = dict(model.named_parameters())
     for shard in shards:
         with _open(shard) as file, torch.no_grad():
             for name in file.offset_keys():
                 if name in pieces:
-                    piece = pieces[name]
-                    parameters[piece.parameter][piece.index].copy_(file.get_tensor(name))
+                    parameter, index = pieces[name].parameter, pieces[name].index
+                    _put(parameters[parameter][index], scales.get(parameter), index, file.get_tensor(name), name)
     # Only the decay rates are left to move.
     return model.to(device).eval()
 
@@ -146,11 +151,31 @@ def _match(folder: Path, entries: Mapping[str, Entry], model: LanguageModel) -> 
     return expected
 
 
-def _allocate(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> None:
+def _put(place: Tensor, scales: Tensor | None, index: tuple[int | slice, ...], tensor: Tensor, name: str) -> None:
+    """Copy a tensor of a file to its place, or its int8 numbers there and the scales of their rows to scales[index]."""
+    if scales is None:
+        place.copy_(tensor)
+        return
+    try:
+        rounded = quantize_rows(tensor.to(place.device))
+    except ValueError as error:
+        raise UserError(f"{name} cannot be int8: {error}; load the checkpoint in another dtype") from None
+    place.copy_(rounded.numbers)
+    scales[index].copy_(rounded.scales)
+
+
+def _allocate(model: LanguageModel, device: str | torch.device, dtype: torch.dtype) -> None:
     """Put parameters with undefined content in the place of the meta device's."""
+    if dtype == torch.int8:
+        dtype = rest_dtype(device)
+        for module, matrix in int8_matrices(model).values():
+            allocate_int8(module, matrix, device)
+        model.requires_grad_(False)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype)))
+            if parameter.is_meta:
+                new = torch.empty_like(parameter, device=device, dtype=dtype)
+                setattr(module, name, nn.Parameter(new, requires_grad=parameter.requires_grad))
 
 
 def _listed(names: list[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from fulmen.checkpoint.config import CONFIG_FILE, config_keys
@@ -45,7 +46,7 @@ def save_model(
 
     Raises:
         UserError: the dialect cannot say what the model is; `path` holds something else than a checkpoint; the
-            tokenizer has more entries than the model; the disk refuses.
+            tokenizer has more entries than the model; weights are int8; the disk refuses.
     """
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
@@ -57,6 +58,8 @@ def save_model(
             )
         eos_id = tokenizer.eos_id if eos_id is None else eos_id
         bos_id = tokenizer.bos_id if bos_id is None else bos_id
+    if int8 := [name for name, parameter in model.named_parameters() if parameter.dtype == torch.int8]:
+        raise UserError(f"{int8[0]} is int8, which no checkpoint holds: save the model that it was made from")
     dtype = model.embed_tokens.weight.dtype
     keys = config_keys(model.config, dialect, dtype=dtype, eos_id=eos_id, bos_id=bos_id)
     with replaced_folder(Path(path)) as draft:

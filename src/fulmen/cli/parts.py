@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_HELP = "of the weights; int8: of experts and projections alone, rounded while they are read (default: float32)"
 
 
 def count(text: str) -> int:

@@ -2,14 +2,41 @@
 
 import argparse
 import asyncio
+import math
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from fulmen.cli.parts import DTYPES, count, verb
+from fulmen.cli.parts import DTYPE_HELP, DTYPES, count, verb
 from fulmen.config import UserError
 
 GB = 10**9
+
+
+def _number(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
+    """Reads a number of these bounds; nan lies in none."""
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"must be a number from {least:g} to {most:g}, got {text!r:.100}")
+        return number
+
+    return read
+
+
+_gigabytes = _number(float, 1 / GB, 1e9)
+
+
+def _word(text: str) -> str:
+    """Not the empty one that a shell makes of a variable that is not set: no key would ask nobody for one."""
+    if not text or text != text.strip():
+        raise argparse.ArgumentTypeError(f"must not be empty, or begin or end with a blank, got {text!r:.100}")
+    return text
 
 
 def add(verbs) -> None:
@@ -21,17 +48,22 @@ def add(verbs) -> None:
         "fulmen serve runs/quickstart --port 8000",
     )
     parser.add_argument("path", type=Path, help="a checkpoint's folder, or a training run's")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free (default: 8000)")
+    parser.add_argument(
+        "--host", type=_word, default="127.0.0.1", help="address to listen at (default: this machine alone)"
+    )
+    parser.add_argument(
+        "--port", type=_number(int, 0, 65535), default=8000, help="0 takes any that is free (default: 8000)"
+    )
     parser.add_argument("--name", help="the model's name in the API (default: the folder's)")
-    parser.add_argument("--api-key", metavar="KEY", help="ask everybody for it (default: nobody is asked)")
+    parser.add_argument("--api-key", type=_word, metavar="KEY", help="ask everybody for it (default: nobody is asked)")
     help_text = "a web page's origin that may call the API; repeatable (default: none but the chat page)"
     parser.add_argument("--cors-origin", action="append", default=[], metavar="URL", help=help_text)
     parser.add_argument("--max-waiting", type=int, default=1024, help="requests in the queue (default: 1024)")
-    parser.add_argument("--grace", type=float, default=30, help="seconds to end answers when stopped (default: 30)")
+    help_text = "seconds to end answers when stopped (default: 30)"
+    parser.add_argument("--grace", type=_number(float, 0, 1e6), default=30, help=help_text)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
-    parser.add_argument("--memory", type=float, metavar="GB", help="for everything (default: what is free)")
+    parser.add_argument("--dtype", choices=(*DTYPES, "int8"), default="float32", help=DTYPE_HELP)
+    parser.add_argument("--memory", type=_gigabytes, metavar="GB", help="for everything (default: what is free)")
     _memory_arguments(parser)
 
     parser = verb(
@@ -44,7 +76,7 @@ def add(verbs) -> None:
     parser.add_argument("model", help="a named size, a checkpoint's folder or a training run's")
     parser.add_argument("--dtype", choices=(*DTYPES, "int8"), default="bfloat16", help="(default: bfloat16)")
     parser.add_argument("--devices", type=count, default=1, help="that share the model evenly (default: 1)")
-    parser.add_argument("--memory", type=float, metavar="GB", required=True, help="of each device")
+    parser.add_argument("--memory", type=_gigabytes, metavar="GB", required=True, help="of each device")
     parser.add_argument("--share", type=float, default=0.9, help="of the memory that is used (default: 0.9)")
     _memory_arguments(parser)
 
@@ -85,9 +117,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     plan = plan_memory(
         config,
         _settings(arguments),
-        budget=int(arguments.devices * arguments.memory * arguments.share * GB),
+        budget=round(arguments.devices * arguments.memory * arguments.share * GB),
         weights=config.weight_bytes(arguments.dtype),
         number_bytes=4 if arguments.dtype == "float32" else 2,
+        is_int8=arguments.dtype == "int8",
     )
     print(f"{arguments.devices} x {arguments.memory:g} GB, of which {arguments.share:.0%}; {arguments.dtype} weights")
     print(plan.table())
@@ -100,7 +133,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from fulmen.model import choose_device
     from fulmen.serve import Engine
 
-    memory = None if arguments.memory is None else int(arguments.memory * GB)
+    memory = None if arguments.memory is None else round(arguments.memory * GB)
     settings = _settings(arguments, memory=memory, max_waiting=arguments.max_waiting)
     with _listen(arguments.host, arguments.port) as listening:
         engine = Engine.load(
@@ -110,8 +143,8 @@ def _serve(arguments: argparse.Namespace) -> int:
             dtype=getattr(torch, arguments.dtype),
             show_plan=lambda plan: print(plan.table(), flush=True),
         )
-        asyncio.run(_run(engine, listening, arguments))
-    return 0
+        stopped_by = asyncio.run(_run(engine, listening, arguments))
+    return 128 + stopped_by if stopped_by else 0
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -121,19 +154,20 @@ def _listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except (OSError, OverflowError) as error:
+        listening.listen()  # until then a second server could bind it too, and fail once it has loaded
+    except (OSError, TypeError) as error:  # TypeError: a name that cannot be encoded
         listening.close()
         raise UserError(f"cannot listen at {host}:{port}: {error}; give another --host or --port") from None
     return listening
 
 
-async def _run(engine, listening: socket.socket, arguments: argparse.Namespace) -> None:
+async def _run(engine, listening: socket.socket, arguments: argparse.Namespace) -> int | None:
     from fulmen.serve.server import serve
 
     host, port = listening.getsockname()[:2]
     name = arguments.name or arguments.path.resolve().name
     shown = f"[{host}]" if ":" in host else host
-    await serve(
+    return await serve(
         engine,
         listening,
         model_name=name,

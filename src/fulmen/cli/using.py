@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fulmen.cli.parts import DTYPES, verb
+from fulmen.cli.parts import DTYPE_HELP, DTYPES, verb
 from fulmen.config import UserError
 
 
@@ -49,7 +49,7 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     parser.add_argument("--seed", type=int, help="same seed, same answer (default: new each time)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    parser.add_argument("--dtype", choices=(*DTYPES, "int8"), default="float32", help=DTYPE_HELP)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -121,8 +121,8 @@ class ModelConfig:
             embeddings=embeddings,
         )
 
-    def weight_bytes(self, dtype: str) -> int:
-        """Bytes of all weights; with "int8" those of experts and projections have an fp32 scale for each row."""
+    def weight_bytes(self, dtype: str, rest: str = "bfloat16") -> int:
+        """Bytes of all weights; "int8": experts and projections, with an fp32 scale for each row, the others `rest`."""
         total = self.count_parameters().total
         if dtype != "int8":
             return total * DTYPE_BYTES[dtype]
@@ -133,7 +133,7 @@ class ModelConfig:
         rows = num_lightning * (4 * inner + hidden)
         rows += num_softmax * (inner + 2 * self.num_kv_heads * self.head_dim + hidden)
         rows += self.num_layers * self.num_experts * (2 * self.expert_size + hidden)
-        return total - kept + kept * DTYPE_BYTES["bfloat16"] + rows * DTYPE_BYTES["float32"]
+        return total - kept + kept * DTYPE_BYTES[rest] + rows * DTYPE_BYTES["float32"]
 
     def estimate_memory(self, *, context: int, batch: int, dtype: str) -> MemoryEstimate:
         """Bytes for `batch` sequences of `context` tokens; keys and values have the weights' dtype, or 2 bytes."""

@@ -5,13 +5,14 @@ from torch import Tensor, nn
 
 from fulmen.model.cache import LayerCache
 from fulmen.model.config import ModelConfig
+from fulmen.model.fp32 import KeepsFp32
 from fulmen.model.linear import Linear
 from fulmen.model.norm import RMSNorm
 from fulmen.ops.lightning import decay_rates, silu_lightning_attention
 from fulmen.ops.linear import product_dtype
 
 
-class LightningAttention(nn.Module):
+class LightningAttention(KeepsFp32):
     """y = W_out (RMSNorm(attention(SiLU(W_qkv x))) * sigmoid(W_gate x)) (MiniMax-01, section 2.2; released code).
 
     The rows of `qkv_proj` are packed head by head: q, k, v of head 0, then of head 1, and so on.
@@ -26,13 +27,6 @@ class LightningAttention(nn.Module):
         self.norm = RMSNorm(inner, config.lightning_norm_eps)
         self.out_proj = Linear(inner, config.hidden_size)
         self.rates = nn.Buffer(decay_rates(config.num_heads, layer, config.num_layers), persistent=False)
-
-    def _apply(self, fn, recurse: bool = True) -> "LightningAttention":
-        """`model.to(dtype)` moves the rates and leaves them in fp32: rounded, a head would forget at another pace."""
-        rates = self.rates
-        super()._apply(fn, recurse)
-        self.rates = rates.to(self.rates.device)
-        return self
 
     def init_weights(self, gain: float) -> None:
         """Xavier; the DeepNorm `gain` on values and output."""

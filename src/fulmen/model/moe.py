@@ -4,19 +4,33 @@ import torch
 from torch import Tensor, nn
 
 from fulmen.model.config import ModelConfig
+from fulmen.model.fp32 import KeepsFp32
 from fulmen.model.linear import Linear
 from fulmen.ops.experts import Routing, expert_capacity, experts_mlp, route
+from fulmen.ops.int8 import Int8
 from fulmen.ops.linear import linear_f32
 
 
-class Experts(nn.Module):
-    """All experts' matrices stacked: w13 [E, 2F, D] holds each w1 (gate) over its w3 (up), w2 is [E, D, F]."""
+class Experts(KeepsFp32):
+    """All experts' matrices stacked: w13 [E, 2F, D] holds each w1 (gate) over its w3 (up), w2 is [E, D, F].
+
+    Of int8 matrices the scales of rows are s13 [E, 2F] and s2 [E, D], see `int8.py`.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         shape = (config.num_experts, config.hidden_size, config.expert_size)
         self.w13 = nn.Parameter(torch.empty(shape[0], 2 * shape[2], shape[1]))
         self.w2 = nn.Parameter(torch.empty(shape))
+        self.register_buffer("s13", None, persistent=False)
+        self.register_buffer("s2", None, persistent=False)
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor] | tuple[Int8, Int8]:
+        """As the products take them."""
+        if self.s13 is None:
+            return self.w13, self.w2
+        return Int8(self.w13, self.s13), Int8(self.w2, self.s2)
 
 
 class MixtureOfExperts(nn.Module):
@@ -48,5 +62,5 @@ class MixtureOfExperts(nn.Module):
         if capacity_factor is not None:
             capacity = expert_capacity(len(flat), logits.shape[1], k, capacity_factor)
         routing = route(logits, k, capacity)
-        out = experts_mlp(flat, self.experts.w13, self.experts.w2, routing, alpha=alpha, beta=beta)
+        out = experts_mlp(flat, *self.experts.matrices, routing, alpha=alpha, beta=beta)
         return out.view_as(x), routing

@@ -23,7 +23,7 @@ from fulmen.model.moe import Experts, MixtureOfExperts
 from fulmen.model.norm import RMSNorm
 from fulmen.model.softmax import SoftmaxAttention
 from fulmen.ops import cpu, gpu
-from fulmen.ops.cpu.step import KERNELS, Step, StepLayer, StepShape
+from fulmen.ops.cpu.step import INT8_KERNELS, KERNELS, Step, StepLayer, StepShape
 from fulmen.ops.experts import Routing
 from fulmen.ops.rotary import rotary_frequencies
 
@@ -114,13 +114,17 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _are_plain(tensors: list[Tensor]) -> bool:
-    dtypes = {t.dtype for t in tensors if isinstance(t, nn.Parameter)}
-    rates = [t for t in tensors if not isinstance(t, nn.Parameter)]
+    numbers = [t for t in tensors if t.dtype != torch.int8]
+    dtypes = {t.dtype for t in numbers if isinstance(t, nn.Parameter)}
+    constants = [t for t in tensors if not isinstance(t, nn.Parameter)]
+    is_int8 = len(numbers) < len(tensors)
     return (
         len(dtypes) == 1
+        and (not is_int8 or not numbers[0].is_cpu or dtypes <= INT8_KERNELS.keys())
         and len({t.device for t in tensors}) == 1
-        and _serves(*tensors)
-        and all(t.dtype == torch.float32 for t in rates)
+        and all(type(t) in cpu.PLAIN for t in tensors)
+        and _serves(*numbers)
+        and all(t.dtype == torch.float32 for t in constants)
         and all(t.is_contiguous() for t in tensors)
     )
 
@@ -130,7 +134,7 @@ def _new_step(model: "LanguageModel") -> Step | GraphedSteps | None:
     c = model.config
     layers = [_step_layer(layer) for layer in model.layers]
     for layer in layers:
-        if {name: tuple(t.shape) for name, t in layer.tensors.items()} != _shapes(c, "rates" in layer.tensors):
+        if {name: tuple(t.shape) for name, t in layer.tensors.items()} != _shapes(c, layer):
             return None
     frequencies = rotary_frequencies(c.rotary_dim, c.rope_theta, model.norm.weight.device)
     shape = StepShape(
@@ -155,20 +159,32 @@ def _step_layer(layer: DecoderLayer) -> StepLayer:
         "w_router": moe.gate.weight,
         "w13": moe.experts.w13,
         "w2": moe.experts.w2,
+        "s13": moe.experts.s13,
+        "s2": moe.experts.s2,
     }
     constants = {name: getattr(layer, name) for name in ("mixer_alpha", "mixer_beta", "mlp_alpha", "mlp_beta")}
     constants |= {"eps_before": layer.input_layernorm.eps, "eps_after": layer.post_attention_layernorm.eps}
     if layer.is_lightning:
-        tensors |= {"w_q": attention.qkv_proj.weight, "w_gate": attention.output_gate.weight}
-        tensors |= {"w_norm": attention.norm.weight, "w_out": attention.out_proj.weight, "rates": attention.rates}
+        projections = {"q": attention.qkv_proj, "gate": attention.output_gate, "out": attention.out_proj}
+        tensors |= {"w_norm": attention.norm.weight, "rates": attention.rates}
         constants["eps_norm"] = attention.norm.eps
     else:
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        tensors |= {name: p.weight for name, p in zip(("w_q", "w_k", "w_v", "w_out"), projections, strict=True)}
-    return StepLayer(tensors, constants)
+        projections = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "out": attention.o_proj}
+    tensors |= {f"w_{name}": projection.weight for name, projection in projections.items()}
+    tensors |= {f"s_{name}": projection.scales for name, projection in projections.items()}
+    return StepLayer({name: tensor for name, tensor in tensors.items() if tensor is not None}, constants)
 
 
-def _shapes(config: ModelConfig, is_lightning: bool) -> dict[str, tuple[int, ...]]:
+def _shapes(config: ModelConfig, layer: StepLayer) -> dict[str, tuple[int, ...]]:
+    """What a layer's tensors must have; those in int8 are all or none."""
+    shapes = _weight_shapes(config, "rates" in layer.tensors)
+    if "s13" in layer.tensors:
+        kept = ("w_before", "w_after", "w_norm", "w_router", "rates")
+        shapes |= {"s" + name[1:]: shape[:-1] for name, shape in shapes.items() if name not in kept}
+    return shapes
+
+
+def _weight_shapes(config: ModelConfig, is_lightning: bool) -> dict[str, tuple[int, ...]]:
     hidden, inner, experts, f = config.hidden_size, config.attention_size, config.num_experts, config.expert_size
     shapes = {"w_before": (hidden,), "w_after": (hidden,), "w_router": (experts, hidden), "w_out": (hidden, inner)}
     shapes |= {"w13": (experts, 2 * f, hidden), "w2": (experts, hidden, f)}

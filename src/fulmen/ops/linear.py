@@ -6,14 +6,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulmen.ops import cpu, gpu
+from fulmen.ops.int8 import Int8
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., K] times weight [N, K] transposed: [..., N]; a few tokens on a CPU take `fulmen.ops.cpu`."""
-    size = weight.shape[-1]
-    if x.shape[-1] == size and cpu.serves(x.numel() // size, x, weight):
+def linear(x: Tensor, weight: Tensor | Int8) -> Tensor:
+    """x [..., K] times weight [N, K] transposed: [..., N]; a few tokens take `fulmen.ops.cpu`, of int8 also a GPU's."""
+    size, is_int8 = weight.shape[-1], isinstance(weight, Int8)
+    if x.shape[-1] == size and cpu.serves(x.numel() // size, x, *(() if is_int8 else (weight,))):
         return cpu.linear(x, weight)
-    return F.linear(x, weight)
+    if not is_int8:
+        return F.linear(x, weight)
+    if x.shape[-1] == size and x.numel() // size <= gpu.FEW and gpu.serves(x):
+        return gpu.decoding.linear_int8(x.reshape(-1, size), *weight).view(*x.shape[:-1], -1)
+    return F.linear(x, weight.dense(x.dtype))
 
 
 def linear_f32(x: Tensor, weight: Tensor) -> Tensor:

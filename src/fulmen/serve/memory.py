@@ -3,6 +3,7 @@
 import torch
 
 from fulmen.model import LanguageModel, ModelConfig
+from fulmen.model.int8 import rest_dtype
 from fulmen.model.pool import CachePool, PoolBatch
 from fulmen.run.memory import available_memory
 from fulmen.serve.plan import EngineSettings, MemoryPlan, plan_memory
@@ -13,9 +14,12 @@ SHARE = {"cuda": 0.9, "cpu": 0.25}
 
 def plan_for_config(config: ModelConfig, settings: EngineSettings, *, device: str, dtype: torch.dtype) -> MemoryPlan:
     """The plan for a model that is not loaded yet; activations are an estimate. UserError if it cannot be served."""
-    weights = config.weight_bytes(str(dtype).removeprefix("torch."))
+    is_int8 = dtype == torch.int8
+    rest = rest_dtype(device) if is_int8 else dtype
+    weights = config.weight_bytes(_name(dtype), rest=_name(rest))
     budget = settings.memory or _budget(device, free_memory(device), weights)
-    return plan_memory(config, settings, budget=budget, weights=weights, number_bytes=dtype.itemsize)
+    sizes = {"weights": weights, "number_bytes": rest.itemsize, "is_int8": is_int8}
+    return plan_memory(config, settings, budget=budget, **sizes)
 
 
 def plan_for_model(model: LanguageModel, settings: EngineSettings) -> MemoryPlan:
@@ -29,6 +33,7 @@ def plan_for_model(model: LanguageModel, settings: EngineSettings) -> MemoryPlan
         weights=weights,
         activations=measure_activations(model, settings) if weight.is_cuda else None,
         number_bytes=weight.element_size(),
+        is_int8=any(parameter.dtype == torch.int8 for parameter in model.parameters()),
     )
 
 
@@ -37,6 +42,10 @@ def free_memory(device: str | torch.device) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _budget(device: str | torch.device, free: int, weights: int) -> int:

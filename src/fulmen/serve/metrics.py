@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fulmen.serve.engine import Engine
 from fulmen.serve.types import Piece
@@ -14,10 +14,10 @@ NEXT_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 @dataclass
 class Times:
-    """When a request came, and when it last gave a token; seconds of `time.monotonic`."""
+    """When a request came, and when each of its answers last gave a token; seconds of `time.monotonic`."""
 
     arrival: float
-    last: float | None = None
+    last: dict[int, float] = field(default_factory=dict)
 
 
 class Metrics:
@@ -31,7 +31,7 @@ class Metrics:
         self._first = Histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token", buckets=FIRST_TOKEN, **more
         )
-        self._next = Histogram("inter_token_latency_seconds", "Between tokens", buckets=NEXT_TOKEN, **more)
+        self._next = Histogram("inter_token_latency_seconds", "Between tokens of an answer", buckets=NEXT_TOKEN, **more)
         self._whole = Histogram("request_seconds", "From arrival to the end", buckets=FIRST_TOKEN, **more)
         self._ended = Counter("answers", "Answers by how they ended", ["reason"], **more)
         self._prompt = Counter("prompt_tokens", "Tokens of prompts that were answered", **more)
@@ -49,13 +49,13 @@ class Metrics:
         if times is None:
             return
         if piece.tokens:
-            if times.last is None:
+            if not times.last:
                 self._first.observe(now - times.arrival)
                 self._prompt.inc(piece.prompt_tokens)
-            else:
+            elif piece.index in times.last:
                 for _ in piece.tokens:
-                    self._next.observe((now - times.last) / len(piece.tokens))
-            times.last = now
+                    self._next.observe((now - times.last[piece.index]) / len(piece.tokens))
+            times.last[piece.index] = now
             self._generated.inc(len(piece.tokens))
         if piece.reason is not None:
             self._ended.labels(piece.reason).inc()

@@ -1,5 +1,8 @@
 """What an engine's memory is divided into, reckoned before anything is loaded. No tensors."""
 
+import math
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fulmen.config import UserError
@@ -84,8 +87,13 @@ def page_bytes(config: ModelConfig, page_size: int, number_bytes: int) -> int:
     return config.layers.count(SOFTMAX) * page_size * 2 * config.num_kv_heads * config.head_dim * number_bytes
 
 
-def estimate_activations(config: ModelConfig, settings: EngineSettings, number_bytes: int) -> int:
-    """Of one step: a piece of a prompt that ends a longest sequence, and the logits of all that decode."""
+def estimate_activations(
+    config: ModelConfig, settings: EngineSettings, number_bytes: int, is_int8: bool = False
+) -> int:
+    """Of one step: a piece of a prompt that ends a longest sequence, and the logits of all that decode.
+
+    Of int8 weights also the copy of a layer's largest matrices that products of many tokens take.
+    """
     tokens, k = settings.chunk_tokens, config.experts_per_token
     attention = 6 * config.hidden_size + 6 * config.attention_size
     experts = k * (3 * config.expert_size + config.hidden_size)
@@ -93,7 +101,8 @@ def estimate_activations(config: ModelConfig, settings: EngineSettings, number_b
     context = config.max_positions if settings.max_context is None else settings.max_context
     gathered = 2 * min(context, config.max_positions) * config.num_kv_heads * config.head_dim * number_bytes
     has_pages = SOFTMAX in config.layers
-    return tokens * (attention + experts) * max(number_bytes, 4) + logits + has_pages * gathered
+    copied = is_int8 * 2 * config.num_experts * config.expert_size * config.hidden_size * number_bytes
+    return tokens * (attention + experts) * max(number_bytes, 4) + logits + has_pages * gathered + copied
 
 
 def plan_memory(
@@ -104,24 +113,29 @@ def plan_memory(
     weights: int,
     activations: int | None = None,
     number_bytes: int = 2,
+    is_int8: bool = False,
 ) -> MemoryPlan:
-    """Divide `budget` bytes; `number_bytes` is the size of a cached key's number. `activations` None: an estimate.
+    """Divide `budget` bytes.
 
     First comes one sequence of the longest context, then slots for the others as far as half of the rest goes, then
-    snapshots, and what is left becomes pages. Raises UserError, with what would fit, if one sequence does not.
+    snapshots, and what is left becomes pages.
+
+    Args:
+        activations: of a step, bytes; None: an estimate.
+        number_bytes: of a key's number in the cache.
+        is_int8: whether weights are, which an estimate differs with.
+
+    Raises:
+        UserError: one sequence of the longest context does not fit; it says what would.
     """
-    longest = min(settings.max_context or config.max_positions, config.max_positions)
     if settings.max_context is not None and settings.max_context > config.max_positions:
         raise UserError(f"max_context {settings.max_context} exceeds the model's {config.max_positions} positions")
     slot, page = slot_bytes(config), page_bytes(config, settings.page_size, number_bytes)
-    if activations is None:
-        longest, activations = _fitting(config, settings, budget - weights - slot, page, number_bytes)
-    rest = budget - weights - activations - slot
-    fitting = longest if page == 0 else max(0, rest) // page * settings.page_size
-    least = settings.max_context or min(longest, 2 * settings.page_size)
-    if rest < 0 or fitting < least:
-        raise UserError(_refusal(budget, weights, activations, slot, fitting, least, rest))
-    longest, notes = min(longest, fitting), []
+    sizes = _Sizes(config, weights, activations, number_bytes, is_int8)
+    longest, activations, rest = sizes.one_sequence(settings, budget)
+    if not longest:
+        raise UserError(_refusal(sizes, settings, budget))
+    notes = []
     if longest < min(settings.max_context or config.max_positions, config.max_positions):
         notes.append(f"the model has {config.max_positions} positions; memory has room for {longest}")
     whole = -(-longest // settings.page_size)
@@ -151,28 +165,72 @@ def plan_memory(
     )
 
 
-def _fitting(config: ModelConfig, settings: EngineSettings, room: int, page: int, number_bytes: int) -> tuple[int, int]:
-    """(the longest context, its activations): without a wish half of the room is for one sequence's pages at most."""
-    longest = min(settings.max_context or config.max_positions, config.max_positions)
-    if settings.max_context is None and page:
-        longest = min(longest, max(1, room // 2 // page) * settings.page_size)
-    wished = replace(settings, max_context=longest)
-    return longest, estimate_activations(config, wished, number_bytes)
+@dataclass(frozen=True)
+class _Sizes:
+    """What a model takes whatever the budget is; see `plan_memory`."""
+
+    config: ModelConfig
+    weights: int
+    activations: int | None
+    number_bytes: int
+    is_int8: bool
+
+    def one_sequence(self, settings: EngineSettings, budget: int) -> tuple[int, int, int]:
+        """(tokens of the longest sequence, 0 if it does not fit; activations; bytes left beside these and its state).
+
+        Without a wish half of what there is goes to its pages at most.
+        """
+        slot, page = slot_bytes(self.config), page_bytes(self.config, settings.page_size, self.number_bytes)
+        longest, activations = settings.max_context or self.config.max_positions, self.activations
+        if activations is None:
+            if settings.max_context is None and page:
+                room = budget - self.weights - slot - self._activations(settings, 1)
+                longest = min(longest, max(1, room // 2 // page) * settings.page_size)
+            activations = self._activations(settings, longest)
+        rest = budget - self.weights - activations - slot
+        fitting = longest if page == 0 else max(0, rest) // page * settings.page_size
+        least = settings.max_context or min(longest, 2 * settings.page_size)
+        does_fit = rest >= 0 and fitting >= least
+        return (min(longest, fitting) if does_fit else 0), activations, rest
+
+    def _activations(self, settings: EngineSettings, context: int) -> int:
+        wished = replace(settings, max_context=context)
+        return estimate_activations(self.config, wished, self.number_bytes, self.is_int8)
+
+    def enough(self, settings: EngineSettings, budget: int) -> int:
+        """The least budget that does, where `budget` does not."""
+        most = max(1, 2 * budget)
+        while not self.one_sequence(settings, most)[0]:
+            most *= 2
+        return bisect_left(range(most), True, lo=budget, key=lambda tried: self.one_sequence(settings, tried)[0] > 0)
+
+    def shorter(self, settings: EngineSettings, budget: int) -> int:
+        """The longest context that does, where the one that is wished for does not; 0: none."""
+
+        def is_too_long(context: int) -> bool:
+            return not self.one_sequence(replace(settings, max_context=context), budget)[0]
+
+        return bisect_left(range(settings.max_context or 1), True, lo=1, key=is_too_long) - 1
 
 
 def _at_most(count: int, room: int, size: int) -> int:
     return count if size == 0 else max(0, min(count, room // size))
 
 
-def _refusal(budget: int, weights: int, activations: int, slot: int, fitting: int, least: int, rest: int) -> str:
-    parts = f"{_bytes(weights)} of weights, {_bytes(activations)} of activations, {_bytes(slot)} of states"
-    if rest < 0:
-        return f"{_bytes(budget)} of memory are not enough for {parts}: {_bytes(budget - rest)} are"
-    return f"{least} tokens do not fit into {_bytes(budget)} beside {parts}: {fitting} would; give that as --context"
+def _refusal(sizes: _Sizes, settings: EngineSettings, budget: int) -> str:
+    _, activations, _ = sizes.one_sequence(settings, budget)
+    parts = f"{_bytes(sizes.weights)} of weights, {_bytes(activations)} of activations"
+    parts += f", {_bytes(slot_bytes(sizes.config))} of states"
+    enough, shorter = _bytes(sizes.enough(settings, budget), math.ceil), sizes.shorter(settings, budget)
+    if not shorter:
+        return f"{_bytes(budget)} of memory are not enough for {parts} and keys and values: {enough} are"
+    wish = f"{settings.max_context} tokens do not fit into {_bytes(budget)} beside {parts}"
+    return f"{wish}: {shorter} would; give that as --max-context, or {enough} of memory"
 
 
-def _bytes(number: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+def _bytes(number: float, whole: Callable[[float], int] = round) -> str:
+    """With one decimal, to which `whole` rounds."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
         if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number / 1e3:.1f} kB"
+            return f"{whole(number * 10 / size) / 10:.1f} {unit}"
+    return f"{whole(number / 100) / 10:.1f} kB"

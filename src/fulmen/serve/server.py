@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,12 +18,23 @@ LAST_RESORT = 5.0
 
 
 class _Server(uvicorn.Server):
-    """On SIGTERM or SIGINT takes no more requests, and lets answers end for a while before it breaks them off."""
+    """On SIGTERM or SIGINT takes no more requests, and lets answers end for a while before it breaks them off.
+
+    A second signal breaks them off at once. `signal` is the first one's number.
+    """
 
     def __init__(self, app: FastAPI, service: Service, grace: float, when_ready: Callable[[], None]):
-        wait = int(grace + LAST_RESORT) + 1
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=wait))
+        super().__init__(uvicorn.Config(app, log_level="warning"))
         self._app, self._service, self._grace, self._when_ready = app, service, grace, when_ready
+        self._loop = asyncio.get_running_loop()
+        self._hurry = asyncio.Event()
+        self.signal: int | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not uvicorn's own, which takes SIGINT alone for a second signal, and raises all of them again in the end.
+        if self.should_exit:
+            self._loop.call_soon_threadsafe(self._hurry.set)
+        self.should_exit, self.signal = True, self.signal or sig
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -31,9 +43,19 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.stopping = True
-        stopping = asyncio.create_task(self._service.stop(self._grace))
-        await super().shutdown(sockets)
-        await stopping
+        closing = asyncio.create_task(super().shutdown(sockets))
+        hurrying = asyncio.create_task(self._break_off())
+        await self._service.stop(self._grace)
+        # All answers have ended by now; who still has not read them in a while does not keep the others.
+        await asyncio.wait({closing}, timeout=LAST_RESORT)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await closing
+        hurrying.cancel()
+
+    async def _break_off(self) -> None:
+        await self._hurry.wait()
+        await self._service.stop(grace=0)
 
 
 async def serve(
@@ -45,8 +67,8 @@ async def serve(
     cors_origins: Sequence[str] = (),
     grace: float = 30.0,
     when_ready: Callable[[], None] = lambda: None,
-) -> None:
-    """Answer requests at a bound socket until SIGTERM or SIGINT.
+) -> int | None:
+    """Answer requests at a bound socket until SIGTERM or SIGINT, whose number it gives back.
 
     grace: seconds that answers have to end then. when_ready: called when requests are taken.
     """
@@ -61,4 +83,6 @@ async def serve(
             cors_origins=cors_origins,
             render_metrics=service.metrics.render,
         )
-        await _Server(app, service, grace, when_ready).serve([listening])
+        server = _Server(app, service, grace, when_ready)
+        await server.serve([listening])
+    return server.signal

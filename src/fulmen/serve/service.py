@@ -107,6 +107,8 @@ class Service:
 
     def _leave(self, request: int) -> None:
         if request in self._answers:
+            for index in self._answers[request].open:
+                self.metrics.piece(request, Piece(text="", reason="abort", index=index))
             self._forget(request)
             self._inbox.put((request, None, None))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fulmen.ops import gpu
+from fulmen.ops.int8 import quantize_rows
 from fulmen.ops.lightning import decay_rates
 from fulmen.ops.lightning.naive import naive_lightning_attention
 from fulmen.ops.rotary import apply_rotary, rotary_frequencies, rotary_tables
@@ -150,3 +151,11 @@ def test_add_norm_and_route(num_experts, k, size, gpu_device, compare, poisoned_
     assert torch.equal(router.experts.cpu(), truth.experts)
     ours, theirs = ({"weights": r.weights.cpu(), "probs": r.probs.cpu()} for r in (router, truth))
     compare(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 130])
+@pytest.mark.parametrize(("n", "size"), [(5, 8), (40, 70), (64, 256)])
+def test_linear_int8(rows, n, size, gpu_device, relative_error, poisoned_memory):
+    x, weight = torch.randn(rows, size, device=gpu_device), quantize_rows(torch.randn(n, size, device=gpu_device))
+    out = gpu.decoding.linear_int8(x, *weight)
+    assert relative_error(out, x.double() @ weight.dense(torch.float64).T) < 1e-6

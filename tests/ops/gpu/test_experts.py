@@ -5,6 +5,7 @@ import torch
 
 from fulmen.ops import gpu
 from fulmen.ops.experts import balance_loss, experts_mlp, route
+from fulmen.ops.int8 import Int8, quantize_rows
 
 
 @pytest.mark.parametrize(("tokens", "num_experts", "k"), [(1, 2, 1), (70, 6, 2), (33, 5, 5), (40, 1, 1), (300, 32, 3)])
@@ -97,3 +98,17 @@ def test_few_tokens(tokens, num_experts, k, width, expert, oracle, gpu_device, c
     routing = route(logits, k)
     answers = gpu.decoding.experts_mlp(x, w13, w2, routing.experts)
     compare({"out": (answers * routing.weights[..., None]).sum(dim=1).cpu()}, {"out": truth}, 1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(1, 2), (40, 2), (64, 1)])
+def test_few_tokens_with_int8(tokens, k, oracle, gpu_device, compare, poisoned_memory):
+    """The scales of each expert's w1, w3 and w2 go with their rows."""
+    x, logits = torch.randn(tokens, 136), torch.randn(tokens, 6)
+    w13, w2 = quantize_rows(torch.randn(6, 80, 136)), quantize_rows(torch.randn(6, 136, 40))
+    truth = oracle(x.double(), w13.dense(torch.float64), w2.dense(torch.float64), logits.double(), k)
+    w13, w2 = (Int8(*(t.to(gpu_device) for t in matrix)) for matrix in (w13, w2))
+    routing = route(logits.to(gpu_device), k)
+    answers = gpu.decoding.experts_mlp(x.to(gpu_device), w13, w2, routing.experts)
+    compare({"out": (answers * routing.weights[..., None]).sum(dim=1).cpu()}, {"out": truth}, 1e-5)
+    with torch.no_grad():
+        compare({"out": experts_mlp(x.to(gpu_device), w13, w2, routing).cpu()}, {"out": truth}, 1e-5)

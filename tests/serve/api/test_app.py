@@ -1,7 +1,7 @@
 """The HTTP API: routes, streams, limits, keys, errors in one shape.
 
-`python -m tests.serve.test_server http://127.0.0.1:8000 1000` lets schemathesis send that many requests of each kind to
-each route of a server that runs.
+`python -m tests.serve.api.test_app http://127.0.0.1:8000 1000` lets schemathesis send that many requests of each kind
+to each route of a server that runs.
 """
 
 import asyncio
@@ -590,6 +590,21 @@ def test_not_ready(app, client, service, why):
         assert error_of(response)[0] == 503
         assert response.headers["retry-after"] == "5"
     assert client.get("/metrics").status_code == 200
+    assert not service.asked
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "encode"), [(CHAT, HELLO, "chat.encode_chat"), (TEXT, GO_ON, "completions._encode")]
+)
+def test_a_stop_while_a_prompt_is_encoded(client, service, monkeypatch, path, body, encode):
+    def stopping(*_):
+        service.ready = False
+        return [5] if path == CHAT else [[5]]
+
+    monkeypatch.setattr(f"fulmen.serve.api.{encode}", stopping)
+    response = client.post(path, json=body)
+    assert error_of(response)[0] == 503
+    assert response.headers["retry-after"] == "5"
     assert not service.asked
 
 

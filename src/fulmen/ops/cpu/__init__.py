@@ -3,13 +3,14 @@
 The operations of `fulmen.ops` come here by themselves where `serves` says so; nothing else need call these functions.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from fulmen.ops.cpu.compiled import load, new_empty
+from fulmen.ops.int8 import Int8
 
 __all__ = ["FEW", "KINDS", "experts_mlp", "lightning_step", "linear", "rms_norm", "route", "serves"]
 
@@ -39,14 +40,14 @@ def serves(tokens: int, *tensors: Tensor, dtypes: Collection[torch.dtype] = (tor
     return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() and load() is not None
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., K] fp32 times weight [N, K], fp32 or bf16, transposed: [..., N] fp32."""
+def linear(x: Tensor, weight: Tensor | Int8) -> Tensor:
+    """x [..., K] fp32 times weight [N, K], fp32, bf16 or int8, transposed: [..., N] fp32."""
     n, k = weight.shape
-    x, weight = x.contiguous(), weight.contiguous()
+    x, (kind, *matrix) = x.contiguous(), _matrix(weight)
     rows = x.numel() // k
     y = new_empty(*x.shape[:-1], n)
-    kernel = load().linear_bf16 if weight.dtype == torch.bfloat16 else load().linear_fp32
-    kernel(y.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, n, k, _threads(rows * n * k))
+    kernel = getattr(load(), f"linear_{kind}")
+    kernel(y.data_ptr(), x.data_ptr(), *_places(matrix), rows, n, k, _threads(rows * n * k))
     return y
 
 
@@ -70,17 +71,22 @@ def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return experts, weights, probs, counts
 
 
-def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-    """sum over k of weights [T, k] * w2 (SiLU(w1 x) * (w3 x)), each with the matrices of experts [T, k]; x [T, D]."""
-    x, w13, w2, experts, weights = (t.contiguous() for t in (x, w13, w2, experts, weights))
+def experts_mlp(x: Tensor, w13: Tensor | Int8, w2: Tensor | Int8, experts: Tensor, weights: Tensor) -> Tensor:
+    """sum over k of weights [T, k] * w2 (SiLU(w1 x) * (w3 x)), each with the matrices of experts [T, k]; x [T, D].
+
+    Matrices are fp32, or both int8.
+    """
+    x, experts, weights = (t.contiguous() for t in (x, experts, weights))
+    (kind, *first), (_, *second) = _matrix(w13), _matrix(w2)
     tokens, k = experts.shape
     num_experts, d, f = w2.shape
     shapes = (x.shape, w13.shape, weights.shape)
     assert shapes == ((tokens, d), (num_experts, 2 * f, d), (tokens, k)), shapes
     out, act = new_empty(tokens, d), new_empty(tokens * k, f)
-    inputs = (x.data_ptr(), w13.data_ptr(), w2.data_ptr(), experts.data_ptr(), weights.data_ptr())
+    inputs = _places((x, *first, *second, experts, weights))
     threads = _threads(tokens * k * d * f)
-    load().experts_mlp(out.data_ptr(), act.data_ptr(), *inputs, tokens, k, num_experts, d, f, threads)
+    kernel = getattr(load(), f"experts_mlp_{kind}")
+    kernel(out.data_ptr(), act.data_ptr(), *inputs, tokens, k, num_experts, d, f, threads)
     return out
 
 
@@ -104,6 +110,17 @@ def _packed_step(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor |
     """The step for tensors that do not share their strides, by laying them side by side."""
     q, k, v = torch.cat((q, k, v), dim=-1).split((q.shape[3], k.shape[3], v.shape[3]), dim=-1)
     return lightning_step(q, k, v, rates, state)
+
+
+def _matrix(weight: Tensor | Int8) -> tuple[str | Tensor, ...]:
+    """The kernels' name for its numbers, and the tensors that they take for it."""
+    if isinstance(weight, Int8):
+        return "int8", weight.numbers.contiguous(), weight.scales.contiguous()
+    return "bf16" if weight.dtype == torch.bfloat16 else "fp32", weight.contiguous()
+
+
+def _places(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _threads(multiplications: int) -> int:

@@ -23,16 +23,21 @@ FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 ARGUMENTS = {
     **{f"linear_{number}": (c_void_p,) * 3 + (c_int64,) * 3 + (c_int,) for number in ("fp32", "bf16")},
+    "linear_int8": (c_void_p,) * 4 + (c_int64,) * 3 + (c_int,),
     "rms_norm": (c_void_p,) * 3 + (c_int64,) * 2 + (c_float,),
     "route": (c_void_p,) * 5 + (c_int64,) * 3,
-    "experts_mlp": (c_void_p,) * 7 + (c_int64,) * 5 + (c_int,),
+    "experts_mlp_fp32": (c_void_p,) * 7 + (c_int64,) * 5 + (c_int,),
+    "experts_mlp_int8": (c_void_p,) * 9 + (c_int64,) * 5 + (c_int,),
     "lightning_step": (c_void_p,) * 6 + (c_int64,) * 6 + (c_int,),
     "step_scratch": (c_void_p,),
+    **{
+        f"step_{number}": (c_void_p,) * 4 + (c_int64, c_void_p, c_float) + (c_void_p,) * 3
+        for number in ("fp32", "bf16", "int8")
+    },
     **{
         f"{name}_{number}": arguments
         for number in ("fp32", "bf16")
         for name, arguments in {
-            "step": (c_void_p,) * 4 + (c_int64, c_void_p, c_float) + (c_void_p,) * 3,
             "swiglu": (c_void_p,) * 2 + (c_int64,) * 2 + (c_int,),
             "swiglu_backward": (c_void_p,) * 6 + (c_int64,) * 2 + (c_int,),
             "rms_norm_forward": (c_void_p,) * 4 + (c_int64,) * 2 + (c_float, c_int),

@@ -4,12 +4,17 @@
 
 void linear_fp32(float *y, const float *x, const float *w, i64 rows, i64 n, i64 k, int threads) {
 #pragma omp parallel num_threads(threads)
-    share_product_fp32(y, x, w, rows, n, k, NOTHING, (struct residual){0});
+    share_product_fp32(y, x, w, NULL, rows, n, k, NOTHING, (struct residual){0});
 }
 
 void linear_bf16(float *y, const float *x, const bf16 *w, i64 rows, i64 n, i64 k, int threads) {
 #pragma omp parallel num_threads(threads)
-    share_product_bf16(y, x, w, rows, n, k, NOTHING, (struct residual){0});
+    share_product_bf16(y, x, w, NULL, rows, n, k, NOTHING, (struct residual){0});
+}
+
+void linear_int8(float *y, const float *x, const int8_t *w, const float *scales, i64 rows, i64 n, i64 k, int threads) {
+#pragma omp parallel num_threads(threads)
+    share_product_int8(y, x, w, scales, rows, n, k, NOTHING, (struct residual){0});
 }
 
 void rms_norm(float *y, const float *x, const float *w, i64 rows, i64 size, float eps) {
@@ -20,10 +25,17 @@ void route(i64 *experts, float *weights, float *probs, i64 *counts, const float 
     choose(experts, weights, probs, counts, logits, rows, n, k);
 }
 
-void experts_mlp(float *out, float *act, const float *x, const float *w13, const float *w2, const i64 *experts,
-                 const float *weights, i64 tokens, i64 k, i64 num_experts, i64 d, i64 f, int threads) {
+void experts_mlp_fp32(float *out, float *act, const float *x, const float *w13, const float *w2, const i64 *experts,
+                      const float *weights, i64 tokens, i64 k, i64 num_experts, i64 d, i64 f, int threads) {
 #pragma omp parallel num_threads(threads)
-    share_experts_fp32(out, act, x, w13, w2, experts, weights, tokens, k, num_experts, d, f, NULL);
+    share_experts_fp32(out, act, x, w13, NULL, w2, NULL, experts, weights, tokens, k, num_experts, d, f, NULL);
+}
+
+void experts_mlp_int8(float *out, float *act, const float *x, const int8_t *w13, const float *s13, const int8_t *w2,
+                      const float *s2, const i64 *experts, const float *weights, i64 tokens, i64 k, i64 num_experts,
+                      i64 d, i64 f, int threads) {
+#pragma omp parallel num_threads(threads)
+    share_experts_int8(out, act, x, w13, s13, w2, s2, experts, weights, tokens, k, num_experts, d, f, NULL);
 }
 
 /* The state [B, H, K, V] is changed in place. */

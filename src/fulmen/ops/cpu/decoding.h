@@ -1,7 +1,7 @@
 /* What `decoding.c` and `step.c` are made of: products with weights that are read once, norm, routing, the lightning step.
 
-Activations are fp32 and weights fp32 or bf16: this file includes itself once for each. Rows of weights are spread over
-the threads and each is read once, whatever the number of tokens. Every number is summed in an order that no thread
+Activations are fp32 and weights fp32, bf16 or int8, whose rows have a scale each: this file includes itself once for
+each. Rows of weights are spread over the threads and each is read once, whatever the number of tokens. Every number is summed in an order that no thread
 count and no other token changes. NaN and infinity go the way that IEEE gives them: no -ffast-math.
 
 A function named share_... is called by all threads of a parallel region and divides its work among them. Only where
@@ -42,6 +42,7 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float quad __attribute__((vector_size(16)));
 typedef bf16 half_vec __attribute__((vector_size(2 * LANES)));
+typedef int8_t byte_vec __attribute__((vector_size(LANES)));
 typedef uint32_t bits_vec __attribute__((vector_size(4 * LANES)));
 
 INLINE i64 min(i64 a, i64 b) { return a < b ? a : b; }
@@ -59,6 +60,12 @@ INLINE vec load_bf16(const bf16 *p) {
     half_vec halves;
     memcpy(&halves, p, sizeof halves);
     return (vec)(__builtin_convertvector(halves, bits_vec) << 16);
+}
+
+INLINE vec load_int8(const int8_t *p) {
+    byte_vec bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, vec);
 }
 
 /* a * b + sum. Left to itself, gcc rounds the product in some loops (where it holds chains of FMA for slow) and not in
@@ -85,6 +92,12 @@ INLINE vec load_part_bf16(const bf16 *p, i64 n) {
     bf16 numbers[LANES] = {0};
     memcpy(numbers, p, n * sizeof *p);
     return load_bf16(numbers);
+}
+
+INLINE vec load_part_int8(const int8_t *p, i64 n) {
+    int8_t numbers[LANES] = {0};
+    memcpy(numbers, p, n * sizeof *p);
+    return load_int8(numbers);
 }
 
 INLINE float sum(vec v) {
@@ -190,6 +203,18 @@ static void share_step(float *out, float *states, const float *q, const float *k
 #undef LOAD
 #undef LOAD_PART
 #undef NAMED
+#define NUMBER int8_t
+#define READ read_int8
+#define LOAD load_int8
+#define LOAD_PART load_part_int8
+#define NAMED(name) name##_int8
+#include "decoding.h"
+
+#undef NUMBER
+#undef READ
+#undef LOAD
+#undef LOAD_PART
+#undef NAMED
 
 #else
 
@@ -231,8 +256,10 @@ INLINE float NAMED(dot)(const NUMBER *w, const float *x, i64 k) {
     return sum(sums);
 }
 
-/* out[c][r] = w[j + r] . x[c] for `count` <= FEW tokens. Past the last row or token the last one stands in, unused. */
-static void NAMED(products)(const NUMBER *w, i64 n, i64 j, const float *const *x, i64 count, i64 k, float out[FEW][ROWS]) {
+/* out[c][r] = scales[j + r] (NULL: 1) * w[j + r] . x[c] for `count` <= FEW tokens. Past the last row or token the last
+one stands in, unused. */
+static void NAMED(products)(const NUMBER *w, const float *scales, i64 n, i64 j, const float *const *x, i64 count, i64 k,
+                            float out[FEW][ROWS]) {
     const NUMBER *rows[ROWS];
     const float *columns[COLS];
     for (int r = 0; r < ROWS; r++) rows[r] = w + min(j + r, n - 1) * k;
@@ -244,17 +271,20 @@ static void NAMED(products)(const NUMBER *w, i64 n, i64 j, const float *const *x
     /* Row after row for a single one: the weights are all that is read, and one stream is what a prefetch likes. */
     if (c < count)
         for (int r = 0; r < ROWS; r++) out[c][r] = NAMED(dot)(rows[r], x[c], k);
+    if (!scales) return;
+    for (c = 0; c < count; c++)
+        for (int r = 0; r < ROWS; r++) out[c][r] *= scales[min(j + r, n - 1)];
 }
 
-/* y [rows, n] = x [rows, k] w^T, w [n, k], rows <= FEW, then SiLU, the sigmoid or the residual. */
-INLINE void NAMED(share_product)(float *y, const float *x, const NUMBER *w, i64 rows, i64 n, i64 k, enum after after,
-                          struct residual residual) {
+/* y [rows, n] = x [rows, k] w^T, w [n, k] times its scales [n], rows <= FEW, then SiLU, the sigmoid or the residual. */
+INLINE void NAMED(share_product)(float *y, const float *x, const NUMBER *w, const float *scales, i64 rows, i64 n, i64 k,
+                                 enum after after, struct residual residual) {
     const float *tokens[FEW];
     for (i64 t = 0; t < rows; t++) tokens[t] = x + t * k;
 #pragma omp for schedule(static) nowait
     for (i64 j = 0; j < n; j += ROWS) {
         float out[FEW][ROWS];
-        NAMED(products)(w, n, j, tokens, rows, k, out);
+        NAMED(products)(w, scales, n, j, tokens, rows, k, out);
         for (i64 t = 0; t < rows; t++)
             for (i64 r = 0; r < min(ROWS, n - j); r++) {
                 i64 place = t * n + j + r;
@@ -294,22 +324,23 @@ static void NAMED(share_norm)(float *y, const float *x, const NUMBER *w, const f
 
 /* out [tokens, d] = the residual (NULL: zero) plus, summed over a token's k choices, weight * w2 (SiLU(w1 x) * (w3 x)).
 
-act [tokens * k, f] is scratch. A thread has the same rows of w2 for all experts, so that it alone adds to its part of
+s13 [num_experts, 2 f] and s2 [num_experts, d] are the scales of rows, or NULL. act [tokens * k, f] is scratch. A thread has the same rows of w2 for all experts, so that it alone adds to its part of
 `out`. */
-static void NAMED(share_experts)(float *out, float *act, const float *x, const NUMBER *w13, const NUMBER *w2,
-                          const i64 *experts, const float *weights, i64 tokens, i64 k, i64 num_experts, i64 d, i64 f,
-                          const struct residual *residual) {
+static void NAMED(share_experts)(float *out, float *act, const float *x, const NUMBER *w13, const float *s13,
+                                 const NUMBER *w2, const float *s2, const i64 *experts, const float *weights,
+                                 i64 tokens, i64 k, i64 num_experts, i64 d, i64 f, const struct residual *residual) {
     const float *inputs[FEW];
     i64 choices[FEW], count;
     float gate[FEW][ROWS], up[FEW][ROWS], beta = residual ? residual->beta : 1;
     for (i64 e = 0; e < num_experts; e++)
         for (i64 from = 0; (count = next_choices(experts, tokens * k, e, &from, choices));) {
             const NUMBER *w1 = w13 + e * 2 * f * d, *w3 = w1 + f * d;
+            const float *s1 = s13 ? s13 + e * 2 * f : NULL, *s3 = s13 ? s1 + f : NULL;
             for (i64 c = 0; c < count; c++) inputs[c] = x + choices[c] / k * d;
 #pragma omp for schedule(static) nowait
             for (i64 j = 0; j < f; j += ROWS) {
-                NAMED(products)(w1, f, j, inputs, count, d, gate);
-                NAMED(products)(w3, f, j, inputs, count, d, up);
+                NAMED(products)(w1, s1, f, j, inputs, count, d, gate);
+                NAMED(products)(w3, s3, f, j, inputs, count, d, up);
                 for (i64 c = 0; c < count; c++)
                     for (i64 r = 0; r < min(ROWS, f - j); r++)
                         act[choices[c] * f + j + r] = silu(gate[c][r]) * up[c][r];
@@ -322,7 +353,7 @@ static void NAMED(share_experts)(float *out, float *act, const float *x, const N
             for (i64 c = 0; c < count; c++) inputs[c] = act + choices[c] * f;
 #pragma omp for schedule(static) nowait
             for (i64 j = 0; j < d; j += ROWS) {
-                NAMED(products)(w2 + e * d * f, d, j, inputs, count, f, up);
+                NAMED(products)(w2 + e * d * f, s2 ? s2 + e * d : NULL, d, j, inputs, count, f, up);
                 for (i64 c = 0; c < count; c++)
                     for (i64 r = 0; r < min(ROWS, d - j); r++)
                         out[choices[c] / k * d + j + r] += beta * weights[choices[c]] * up[c][r];

@@ -1,4 +1,4 @@
-/* Numbers in memory, fp32 or bf16, as fp32 and back. */
+/* Numbers in memory, fp32, bf16 or int8, as fp32 and back. */
 
 #include <stdint.h>
 #include <string.h>
@@ -9,6 +9,8 @@ typedef int64_t i64;
 typedef uint16_t bf16;
 
 INLINE float read_fp32(const float *p) { return *p; }
+
+INLINE float read_int8(const int8_t *p) { return *p; }
 
 INLINE void write_fp32(float *p, float x) { *p = x; }
 

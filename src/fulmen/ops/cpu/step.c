@@ -16,8 +16,10 @@ struct shape {
 struct layer {
     /* weights, fp32 or bf16: w_q is q, k and v packed head by head in a lightning layer */
     const void *w_before, *w_q, *w_k, *w_v, *w_gate, *w_norm, *w_out, *w_after, *w_router, *w13, *w2;
+    /* where matrices, but for the router, are int8: the scales of their rows */
+    const float *s_q, *s_k, *s_v, *s_gate, *s_out, *s13, *s2;
     const float *rates;
-    /* what sequences left behind: states in fp32; keys and values [pages, page_size, kv_heads, dim] like the weights */
+    /* what sequences left behind: states in fp32; keys and values [pages, page_size, kv_heads, dim] like the norms */
     float *state;
     void *keys, *values;
     i64 page_size;
@@ -65,12 +67,21 @@ i64 step_scratch(const struct shape *s) {
     return s->batch * (3 * s->hidden + 5 * inner + s->num_experts + s->k * s->expert_size);
 }
 
+/* NAMED gives the parts of decoding.h for NUMBER, MATRIX those for the matrices, STEP what is made of both. */
 #define NUMBER float
 #define READ read_fp32
 #define WRITE write_fp32
 #define LOAD load
 #define LOAD_PART load_part
 #define NAMED(name) name##_fp32
+#define MATRIX(name) name##_fp32
+#define STEP(name) name##_fp32
+#include "step.c"
+
+#undef MATRIX
+#undef STEP
+#define MATRIX(name) name##_int8
+#define STEP(name) name##_int8
 #include "step.c"
 
 #undef NUMBER
@@ -79,22 +90,26 @@ i64 step_scratch(const struct shape *s) {
 #undef LOAD
 #undef LOAD_PART
 #undef NAMED
+#undef MATRIX
+#undef STEP
 #define NUMBER bf16
 #define READ read_bf16
 #define WRITE write_bf16
 #define LOAD load_bf16
 #define LOAD_PART load_part_bf16
 #define NAMED(name) name##_bf16
+#define MATRIX(name) name##_bf16
+#define STEP(name) name##_bf16
 #include "step.c"
 
 #else
 
-static void NAMED(share_lightning)(struct scratch t, const struct shape *s, const struct layer *l,
+static void STEP(share_lightning)(struct scratch t, const struct shape *s, const struct layer *l,
                                    const struct places *p) {
     i64 inner = s->heads * s->dim;
     struct residual none = {0};
-    NAMED(share_product)(t.qkv, t.normed, l->w_q, s->batch, 3 * inner, s->hidden, SILU, none);
-    NAMED(share_product)(t.gate, t.normed, l->w_gate, s->batch, inner, s->hidden, SIGMOID, none);
+    MATRIX(share_product)(t.qkv, t.normed, l->w_q, l->s_q, s->batch, 3 * inner, s->hidden, SILU, none);
+    MATRIX(share_product)(t.gate, t.normed, l->w_gate, l->s_gate, s->batch, inner, s->hidden, SIGMOID, none);
 #pragma omp barrier
     share_step(t.attended, l->state, t.qkv, t.qkv + s->dim, t.qkv + 2 * s->dim, l->rates, p->slots, s->batch, s->heads,
                s->dim, s->dim, 3 * inner, 3 * s->dim);
@@ -102,7 +117,7 @@ static void NAMED(share_lightning)(struct scratch t, const struct shape *s, cons
 }
 
 /* scores[t] = scale * (q . the key in row rows[t]), four at a time: one alone would wait for each of its sums. */
-INLINE void NAMED(score)(float *scores, const float *q, const NUMBER *keys, const i64 *rows, i64 count, i64 dim) {
+INLINE void STEP(score)(float *scores, const float *q, const NUMBER *keys, const i64 *rows, i64 count, i64 dim) {
     float scale = 1.0f / sqrtf(dim);
     i64 t = 0, whole = dim / LANES * LANES;
     for (; t + 4 <= count; t += 4) {
@@ -120,7 +135,7 @@ INLINE void NAMED(score)(float *scores, const float *q, const NUMBER *keys, cons
 }
 
 /* out = fade * out + the sum of weights[t] * the value in row rows[t], of `wide` * LANES dims, which stay in registers. */
-INLINE void NAMED(blend_part)(float *out, float fade, const float *weights, const NUMBER *values, const i64 *rows,
+INLINE void STEP(blend_part)(float *out, float fade, const float *weights, const NUMBER *values, const i64 *rows,
                               i64 count, int wide) {
     vec sums[4];
     for (int r = 0; r < wide; r++) sums[r] = load(out + r * LANES) * fade;
@@ -131,12 +146,12 @@ INLINE void NAMED(blend_part)(float *out, float fade, const float *weights, cons
     memcpy(out, sums, wide * sizeof *sums);
 }
 
-INLINE void NAMED(blend)(float *out, float fade, const float *weights, const NUMBER *values, const i64 *rows,
+INLINE void STEP(blend)(float *out, float fade, const float *weights, const NUMBER *values, const i64 *rows,
                          i64 count, i64 dim) {
     i64 i = 0;
     for (; i + 4 * LANES <= dim; i += 4 * LANES)
-        NAMED(blend_part)(out + i, fade, weights, values + i, rows, count, 4);
-    for (; i + LANES <= dim; i += LANES) NAMED(blend_part)(out + i, fade, weights, values + i, rows, count, 1);
+        STEP(blend_part)(out + i, fade, weights, values + i, rows, count, 4);
+    for (; i + LANES <= dim; i += LANES) STEP(blend_part)(out + i, fade, weights, values + i, rows, count, 1);
     for (; i < dim; i++) {
         float total = fade * out[i];
         for (i64 t = 0; t < count; t++) total += weights[t] * READ(values + rows[t] + i);
@@ -147,7 +162,7 @@ INLINE void NAMED(blend)(float *out, float fade, const float *weights, const NUM
 /* out [n, dim] = softmax(q . keys / sqrt(dim)) values for n <= GROUP queries that share a key head, over `count` tokens
 in the pages of a table, whose rows are `stride` numbers apart. KEYS tokens at a time, which all queries find in the
 cache; the numbers do not depend on the size of a page. */
-static void NAMED(attend)(float *out, const float *q, i64 n, const NUMBER *keys, const NUMBER *values,
+static void STEP(attend)(float *out, const float *q, i64 n, const NUMBER *keys, const NUMBER *values,
                           const int32_t *table, i64 page_size, i64 count, i64 stride, i64 dim) {
     float scores[KEYS], highest[GROUP], total[GROUP] = {0};
     i64 rows[KEYS], page = 0, row = 0;
@@ -160,7 +175,7 @@ static void NAMED(attend)(float *out, const float *q, i64 n, const NUMBER *keys,
             rows[t] = (table[page] * page_size + row) * stride;
         }
         for (i64 h = 0; h < n; h++) {
-            NAMED(score)(scores, q + h * dim, keys, rows, here, dim);
+            STEP(score)(scores, q + h * dim, keys, rows, here, dim);
             float before = highest[h];
             for (i64 t = 0; t < here; t++) highest[h] = scores[t] > highest[h] ? scores[t] : highest[h];
             /* Nothing has been summed before the first ones, and a difference of infinities would be NaN. */
@@ -168,21 +183,21 @@ static void NAMED(attend)(float *out, const float *q, i64 n, const NUMBER *keys,
             for (i64 t = 0; t < here; t++) scores[t] = fast_exp(scores[t] - highest[h]);
             total[h] *= fade;
             for (i64 t = 0; t < here; t++) total[h] += scores[t];
-            NAMED(blend)(out + h * dim, fade, scores, values, rows, here, dim);
+            STEP(blend)(out + h * dim, fade, scores, values, rows, here, dim);
         }
     }
     for (i64 h = 0; h < n; h++)
         for (i64 i = 0; i < dim; i++) out[h * dim + i] /= total[h];
 }
 
-static void NAMED(share_softmax)(struct scratch t, const struct shape *s, const struct layer *l,
+static void STEP(share_softmax)(struct scratch t, const struct shape *s, const struct layer *l,
                                  const float *frequencies, const struct places *p) {
     i64 dim = s->dim, inner = s->heads * dim, kv = s->kv_heads * dim;
     float *q = t.qkv, *k = q + s->batch * inner, *v = k + s->batch * kv;
     struct residual none = {0};
-    NAMED(share_product)(q, t.normed, l->w_q, s->batch, inner, s->hidden, NOTHING, none);
-    NAMED(share_product)(k, t.normed, l->w_k, s->batch, kv, s->hidden, NOTHING, none);
-    NAMED(share_product)(v, t.normed, l->w_v, s->batch, kv, s->hidden, NOTHING, none);
+    MATRIX(share_product)(q, t.normed, l->w_q, l->s_q, s->batch, inner, s->hidden, NOTHING, none);
+    MATRIX(share_product)(k, t.normed, l->w_k, l->s_k, s->batch, kv, s->hidden, NOTHING, none);
+    MATRIX(share_product)(v, t.normed, l->w_v, l->s_v, s->batch, kv, s->hidden, NOTHING, none);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (i64 b = 0; b < s->batch; b++) {
@@ -203,36 +218,37 @@ static void NAMED(share_softmax)(struct scratch t, const struct shape *s, const 
     for (i64 item = 0; item < s->batch * s->kv_heads * parts; item++) {
         i64 from = item % parts * together, key_head = item / parts % s->kv_heads, b = item / parts / s->kv_heads;
         i64 head = (b * s->heads + key_head * group + from) * dim;
-        NAMED(attend)(t.attended + head, q + head, min(together, group - from), (const NUMBER *)l->keys + key_head * dim,
+        STEP(attend)(t.attended + head, q + head, min(together, group - from), (const NUMBER *)l->keys + key_head * dim,
                       (const NUMBER *)l->values + key_head * dim, table_of(p, b), l->page_size, p->positions[b] + 1, kv,
                       dim);
     }
 }
 
-static void NAMED(share_layer)(float *x, struct scratch t, const struct shape *s, const struct layer *l,
+static void STEP(share_layer)(float *x, struct scratch t, const struct shape *s, const struct layer *l,
                                const float *frequencies, const struct places *p) {
     i64 inner = s->heads * s->dim;
     NAMED(share_norm)(t.normed, x, l->w_before, NULL, s->batch, s->hidden, l->eps_before);
     if (l->rates)
-        NAMED(share_lightning)(t, s, l, p);
+        STEP(share_lightning)(t, s, l, p);
     else
-        NAMED(share_softmax)(t, s, l, frequencies, p);
-    NAMED(share_product)(t.h, l->rates ? t.qkv : t.attended, l->w_out, s->batch, s->hidden, inner, RESIDUAL,
-                         (struct residual){t.normed, l->mixer_alpha, l->mixer_beta});
+        STEP(share_softmax)(t, s, l, frequencies, p);
+    MATRIX(share_product)(t.h, l->rates ? t.qkv : t.attended, l->w_out, l->s_out, s->batch, s->hidden, inner,
+                          RESIDUAL, (struct residual){t.normed, l->mixer_alpha, l->mixer_beta});
 #pragma omp barrier
     NAMED(share_norm)(t.normed, t.h, l->w_after, NULL, s->batch, s->hidden, l->eps_after);
-    NAMED(share_product)(t.logits, t.normed, l->w_router, s->batch, s->num_experts, s->hidden, NOTHING,
+    NAMED(share_product)(t.logits, t.normed, l->w_router, NULL, s->batch, s->num_experts, s->hidden, NOTHING,
                          (struct residual){0});
 #pragma omp barrier
 #pragma omp single
     choose(l->experts, l->weights, l->probs, l->counts, t.logits, s->batch, s->num_experts, s->k);
-    NAMED(share_experts)(x, t.act, t.normed, l->w13, l->w2, l->experts, l->weights, s->batch, s->k, s->num_experts,
-                         s->hidden, s->expert_size, &(struct residual){t.normed, l->mlp_alpha, l->mlp_beta});
+    MATRIX(share_experts)(x, t.act, t.normed, l->w13, l->s13, l->w2, l->s2, l->experts, l->weights, s->batch, s->k,
+                          s->num_experts, s->hidden, s->expert_size,
+                          &(struct residual){t.normed, l->mlp_alpha, l->mlp_beta});
 #pragma omp barrier
 }
 
 /* y [batch, hidden] = norm(layers(x)), the next token of the sequence at each of `places`, whose page has room. */
-void NAMED(step)(NUMBER *y, const NUMBER *x, const struct shape *s, const struct layer *layers, i64 num_layers,
+void STEP(step)(NUMBER *y, const NUMBER *x, const struct shape *s, const struct layer *layers, i64 num_layers,
                  const NUMBER *w_norm, float eps, const float *frequencies, const struct places *places,
                  float *memory) {
     i64 hidden = s->batch * s->hidden, inner = s->batch * s->heads * s->dim;
@@ -244,7 +260,7 @@ void NAMED(step)(NUMBER *y, const NUMBER *x, const struct shape *s, const struct
 #pragma omp parallel num_threads(s->threads)
     {
         for (i64 i = 0; i < num_layers; i++)
-            NAMED(share_layer)(current, scratch, s, layers + i, frequencies, places);
+            STEP(share_layer)(current, scratch, s, layers + i, frequencies, places);
         NAMED(share_norm)(normed, current, w_norm, NULL, s->batch, s->hidden, eps);
     }
     for (i64 i = 0; i < hidden; i++) WRITE(y + i, normed[i]);

@@ -16,6 +16,8 @@ from fulmen.ops.cpu import FEW
 from fulmen.ops.cpu.compiled import load, new_empty
 
 KERNELS = {torch.float32: "step_fp32", torch.bfloat16: "step_bf16"}
+INT8_KERNELS = {torch.float32: "step_int8"}
+"""By the dtype of what is not in int8, if anything is."""
 
 
 def _fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
@@ -30,7 +32,8 @@ class StepShape(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *_fields(c_void_p, "w_before w_q w_k w_v w_gate w_norm w_out w_after w_router w13 w2 rates"),
+        *_fields(c_void_p, "w_before w_q w_k w_v w_gate w_norm w_out w_after w_router w13 w2"),
+        *_fields(c_void_p, "s_q s_k s_v s_gate s_out s13 s2 rates"),
         *_fields(c_void_p, "state keys values"),
         *_fields(c_int64, "page_size"),
         *_fields(c_void_p, "experts weights probs counts"),
@@ -43,7 +46,10 @@ class _Places(ctypes.Structure):
 
 
 class StepLayer(NamedTuple):
-    """One layer: tensors and numbers by the names that `struct layer` of step.c has; rates for lightning attention."""
+    """One layer: tensors and numbers by the names that `struct layer` of step.c has.
+
+    It has rates for lightning attention, and scales (s_q for w_q and so on) where its matrices are int8.
+    """
 
     tensors: dict[str, Tensor]
     constants: dict[str, float]
@@ -89,6 +95,7 @@ class Step:
     def __init__(self, layers: Sequence[StepLayer], norm: Tensor, eps: float, frequencies: Tensor, shape: StepShape):
         self.shape, self.norm, self.eps, self.frequencies = shape, norm, eps, frequencies
         self.dtype = norm.dtype
+        self._kernel = (INT8_KERNELS if "s13" in layers[0].tensors else KERNELS)[self.dtype]
         self._layers = (_Layer * len(layers))()
         for entry, layer in zip(self._layers, layers, strict=True):
             for name, tensor in layer.tensors.items():
@@ -143,7 +150,7 @@ class Step:
         for layer, *tensors in zip(layers, *routing, counts, strict=True):
             layer.experts, layer.weights, layer.probs, layer.counts = (t.data_ptr() for t in tensors)
         where = _Places(*(None if t is None else t.data_ptr() for t in places))
-        kernel = getattr(load(), KERNELS[self.dtype])
+        kernel = getattr(load(), self._kernel)
         last = (self.norm.data_ptr(), self.eps, self.frequencies.data_ptr(), ctypes.byref(where), scratch.data_ptr())
         kernel(y.data_ptr(), x.data_ptr(), ctypes.byref(shape), layers, len(layers), *last)
         return counts

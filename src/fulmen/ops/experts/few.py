@@ -6,15 +6,17 @@ from torch import Tensor
 
 from fulmen.ops import cpu
 from fulmen.ops.experts.routing import Routing
+from fulmen.ops.int8 import Int8, dense
 
 FEW = 64
 """Up to so many tokens this form is the faster on a CPU, where preparing the grouped products costs more than they."""
 
 
-def few_tokens_mlp(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> Tensor:
+def few_tokens_mlp(x: Tensor, w13: Tensor | Int8, w2: Tensor | Int8, routing: Routing) -> Tensor:
     """See `fulmen.ops.experts.experts_mlp`; without gradients and without dropped choices."""
-    if cpu.serves(len(x), x, w13, w2, routing.weights):
+    if cpu.serves(len(x), x, *(() if isinstance(w13, Int8) else (w13, w2)), routing.weights):
         return cpu.experts_mlp(x, w13, w2, routing.experts, routing.weights)
+    w13, w2 = dense(w13, x.dtype), dense(w2, x.dtype)
     if len(x) == 1:
         return _one_token(x, w13, w2, routing)
     return _padded(x, w13, w2, routing)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from fulmen.ops import gpu
 from fulmen.ops.experts.few import FEW, few_tokens_mlp
 from fulmen.ops.experts.routing import Routing
+from fulmen.ops.int8 import Int8, dense
 from fulmen.ops.linear import product_dtype
 from fulmen.ops.swiglu import swiglu, swiglu_backward
 
@@ -20,14 +21,20 @@ ROUND = 64
 
 
 def experts_mlp(
-    x: Tensor, w13: Tensor, w2: Tensor, routing: Routing, *, alpha: float = 0.0, beta: float = 1.0
+    x: Tensor,
+    w13: Tensor | Int8,
+    w2: Tensor | Int8,
+    routing: Routing,
+    *,
+    alpha: float = 0.0,
+    beta: float = 1.0,
 ) -> Tensor:
     """alpha * x + beta * sum over a token's kept choices of weight * w2 (SiLU(w1 x) * (w3 x)) (MiniMax-01, section 2).
 
     Args:
         x: [T, D].
         w13: [E, 2F, D], each expert's w1 (gate) over its w3 (up).
-        w2: [E, D, F].
+        w2: [E, D, F]. Both may be int8, without gradients of them or of x.
         routing: from `route`; its weights carry the gradient to the router.
         alpha, beta: of the residual sum; a GPU adds x where it sums the choices, forward and backward.
 
@@ -46,12 +53,17 @@ def experts_mlp(
     if beta != 1:
         routing = routing._replace(weights=beta * routing.weights)
     if device == "cpu" and len(x) <= FEW and routing.kept is None and not torch.is_grad_enabled():
-        out = few_tokens_mlp(x.to(dtype), w13.to(dtype), w2.to(dtype), routing).to(x.dtype)
+        if not isinstance(w13, Int8):
+            w13, w2 = w13.to(dtype), w2.to(dtype)
+        out = few_tokens_mlp(x.to(dtype), w13, w2, routing).to(x.dtype)
         return torch.add(out, x, alpha=alpha) if alpha else out
     within = alpha if gpu.serves(x) and x.dtype == dtype else 0.0
     with torch.autocast(device, enabled=False):
-        operands = (x.to(dtype), w13.to(dtype), w2.to(dtype), routing.weights, _plan(routing, dtype))
-        out = gpu.apply(_ExpertsMLP, *operands, within).to(x.dtype)
+        rest = (routing.weights, _plan(routing, dtype), within)
+        if isinstance(w13, Int8):
+            out = _experts_int8(x.to(dtype), w13, w2, *rest).to(x.dtype)
+        else:
+            out = gpu.apply(_ExpertsMLP, x.to(dtype), w13.to(dtype), w2.to(dtype), *rest).to(x.dtype)
     return torch.add(out, x, alpha=alpha) if alpha != within else out
 
 
@@ -106,9 +118,7 @@ class _ExpertsMLP(torch.autograd.Function):
         y_RD = F.grouped_mm(swiglu(gate_up), w2.mT, offs=plan.ends)
         ctx.save_for_backward(x, w13, w2, gate_up, *plan)
         ctx.alpha = alpha
-        if gpu.serves(y_RD):
-            return gpu.experts.unpermute(y_RD, plan.row_of, weights, residual=x, alpha=alpha)
-        return _sum_per_token(y_RD.mul_(plan.weights), plan)
+        return _mix(y_RD, x, weights, plan, alpha)
 
     @staticmethod
     @once_differentiable
@@ -126,6 +136,19 @@ class _ExpertsMLP(torch.autograd.Function):
         padded = torch.cat((d_rows, d_rows.new_zeros(1)))
         d_weights = padded[torch.where(plan.row_of < 0, len(d_rows), plan.row_of)]
         return d_x, d_w13, d_w2, d_weights, None, None
+
+
+def _experts_int8(x: Tensor, w13: Int8, w2: Int8, weights: Tensor, plan: Plan, alpha: float) -> Tensor:
+    """The forward pass with one of the matrices at a time in x's dtype."""
+    gate_up = F.grouped_mm(_permute(x, plan), dense(w13, x.dtype).mT, offs=plan.ends)
+    return _mix(F.grouped_mm(swiglu(gate_up), dense(w2, x.dtype).mT, offs=plan.ends), x, weights, plan, alpha)
+
+
+def _mix(y_RD: Tensor, x: Tensor, weights: Tensor, plan: Plan, alpha: float) -> Tensor:
+    """The weighted sum of each token's rows, which may be overwritten; on a GPU alpha * x [T, D] as well."""
+    if gpu.serves(y_RD):
+        return gpu.experts.unpermute(y_RD, plan.row_of, weights, residual=x, alpha=alpha)
+    return _sum_per_token(y_RD.mul_(plan.weights), plan)
 
 
 def _permute(x: Tensor, plan: Plan) -> Tensor:

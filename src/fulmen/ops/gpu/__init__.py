@@ -18,6 +18,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels take; they compute in fp32."""
 
+FEW = 256
+"""Tokens up to which products with int8 matrices read these as they are."""
+
 MODULES = ("decoding", "experts", "loss", "norm", "rotary", "step", "swiglu")
 
 

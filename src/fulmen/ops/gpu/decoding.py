@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fulmen.ops.gpu.experts import choose_experts
+from fulmen.ops.int8 import Int8
 
 KEYS = 64
 """Keys at a time."""
@@ -97,7 +98,21 @@ def attention_step(
     return out
 
 
-def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor) -> Tensor:
+def linear_int8(x: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
+    """x [T, K] times an int8 matrix [N, K] with scales [N], transposed: [T, N]; for T up to some hundreds."""
+    (rows, size), n = x.shape, len(numbers)
+    x, out = x.contiguous(), x.new_empty(rows, n)
+    tile = min(64, max(ROWS, triton.next_power_of_2(rows)))
+    columns = 16 if n < 8192 else 32
+    _linear_int8_kernel[(triton.cdiv(n, columns), triton.cdiv(rows, tile))](
+        x, numbers, scales, out, rows, n, size, ROWS=tile, COLUMNS=columns,
+        DEPTH=min(256 if tile == ROWS else 128, max(16, triton.next_power_of_2(size))),
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3, **early(x),
+    )  # fmt: skip
+    return out
+
+
+def experts_mlp(x: Tensor, w13: Tensor | Int8, w2: Tensor | Int8, experts: Tensor) -> Tensor:
     """Each choice's answer w2 (SiLU(w1 x) * (w3 x)), not yet weighted: [T, k, D]; x [T, D], experts [T, k] int64.
 
     No sorting: a program of an expert finds that expert's tokens by itself and reads its part of the weights once for
@@ -107,17 +122,18 @@ def experts_mlp(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor) -> Tensor:
     return _few_products(act, w2, experts, is_first=False).view(*experts.shape, -1)
 
 
-def _few_products(x: Tensor, weight: Tensor, experts: Tensor, *, is_first: bool) -> Tensor:
+def _few_products(x: Tensor, weight: Tensor | Int8, experts: Tensor, *, is_first: bool) -> Tensor:
     """Of every choice: its token x [T, K] times weight [E, 2N, K], gated, or its row of x [T k, K] times [E, N, K]."""
     (tokens, k), (num_experts, outputs, size) = experts.shape, weight.shape
+    numbers, scales = weight if isinstance(weight, Int8) else (weight, None)
     n = outputs // 2 if is_first else outputs
     out = x.new_empty(tokens * k, n)
     # Of one token no two choices share an expert: no program need look for work.
     groups = k if tokens == 1 else num_experts
     columns, depth = (16, 256) if tokens == 1 and is_first else (16, 128) if tokens == 1 else (32, 128)
     _few_kernel[(triton.cdiv(n, columns), groups)](
-        x, weight, experts.contiguous(), out, tokens * k, k if is_first else 1, n, size,
-        ONE=tokens == 1, GATED=is_first, CHOICES=max(16, triton.next_power_of_2(tokens * k)),
+        x, numbers, scales, experts.contiguous(), out, tokens * k, k if is_first else 1, n, size,
+        ONE=tokens == 1, GATED=is_first, SCALED=scales is not None, CHOICES=max(16, triton.next_power_of_2(tokens * k)),
         ROWS=ROWS, COLUMNS=columns, DEPTH=min(depth, max(16, triton.next_power_of_2(size))),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=2, num_stages=3,
         **early(x),
@@ -304,10 +320,30 @@ def _combine_kernel(
 
 
 @triton.jit
+def _linear_int8_kernel(
+    p_x, p_numbers, p_scales, p_out, rows, n, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr = False,
+):  # fmt: skip
+    _wait(EARLY)
+    i_n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, size, DEPTH):
+        i = start + tl.arange(0, DEPTH)
+        x = tl.load(p_x + row[:, None] * size + i[None, :], mask=(row < rows)[:, None] & (i < size)[None, :], other=0.0)
+        at = p_numbers + i_n[None, :] * tl.cast(size, tl.int64) + i[:, None]
+        w = tl.load(at, mask=(i < size)[:, None] & (i_n < n)[None, :], other=0)
+        total = tl.dot(x, w.to(x.dtype), total, input_precision=PRECISION)
+    total *= tl.load(p_scales + i_n, mask=i_n < n, other=0.0)[None, :]
+    ok = (row < rows)[:, None] & (i_n < n)[None, :]
+    tl.store(p_out + row[:, None] * n + i_n[None, :], total.to(p_out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
 def _few_kernel(
-    p_x, p_weight, p_experts, p_out, choices, per_row, n, size,
-    ONE: tl.constexpr, GATED: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr = False,
+    p_x, p_weight, p_scales, p_experts, p_out, choices, per_row, n, size,
+    ONE: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Some output columns of one expert, for its choices ROWS at a time."""
     _wait(EARLY)
@@ -335,10 +371,15 @@ def _few_kernel(
             x = tl.load(p_x + row[:, None] * size + i[None, :], mask=real[:, None] & (i < size)[None, :], other=0.0)
             at = p_weight + expert * per_expert + i_n[None, :] * tl.cast(size, tl.int64) + i[:, None]
             ok = (i < size)[:, None] & (i_n < n)[None, :]
-            total = tl.dot(x, tl.load(at, mask=ok, other=0.0), total, input_precision=PRECISION)
+            total = tl.dot(x, tl.load(at, mask=ok, other=0.0).to(x.dtype), total, input_precision=PRECISION)
             if GATED:
-                up = tl.load(at + tl.cast(n, tl.int64) * size, mask=ok, other=0.0)
+                up = tl.load(at + tl.cast(n, tl.int64) * size, mask=ok, other=0.0).to(x.dtype)
                 ups = tl.dot(x, up, ups, input_precision=PRECISION)
+        if SCALED:
+            scales = p_scales + expert * (2 if GATED else 1) * n + i_n
+            total *= tl.load(scales, mask=i_n < n, other=0.0)[None, :]
+            if GATED:
+                ups *= tl.load(scales + n, mask=i_n < n, other=0.0)[None, :]
         if GATED:
             total = total * tl.sigmoid(total) * ups
         ok = real[:, None] & (i_n < n)[None, :]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fulmen.ops import gpu
 from fulmen.ops.cpu.step import LayerMemory, Places, StepLayer, StepShape
+from fulmen.ops.int8 import Int8
 
 
 class Choices(NamedTuple):
@@ -50,7 +51,7 @@ class Step:
             normed = gpu.decoding.add_norm(
                 normed, branch, c["mixer_alpha"], c["mixer_beta"], w["w_after"], c["eps_after"], router=router
             )
-            answers = gpu.decoding.experts_mlp(normed, w["w13"], w["w2"], router.experts)
+            answers = gpu.decoding.experts_mlp(normed, _matrix(w, "13"), _matrix(w, "2"), router.experts)
             is_last = index == len(self.layers) - 1
             after = self.norm if is_last else self.layers[index + 1].tensors["w_before"]
             eps = self.eps if is_last else self.layers[index + 1].constants["eps_before"]
@@ -68,19 +69,20 @@ class Step:
     def _lightning(self, x: Tensor, layer: StepLayer, memory: LayerMemory, places: Places) -> Tensor:
         w, heads, size = layer.tensors, self.shape.heads, self.shape.dim
         with self._beside():
-            gate = x @ w["w_gate"].T
-        q, k, v = (x @ w["w_q"].T).view(-1, heads, 3, size).unbind(2)
+            gate = _product(x, w, "_gate")
+        q, k, v = _product(x, w, "_q").view(-1, heads, 3, size).unbind(2)
         out = gpu.decoding.lightning_step_(q, k, v, w["rates"], memory.state, places.slots, silu=True)
         self._join()
-        return gpu.norm.rms_norm(out.flatten(1), w["w_norm"], layer.constants["eps_norm"], gate) @ w["w_out"].T
+        return _product(gpu.norm.rms_norm(out.flatten(1), w["w_norm"], layer.constants["eps_norm"], gate), w, "_out")
 
     def _softmax(self, x: Tensor, layer: StepLayer, memory: LayerMemory, places: Places, longest: int | None) -> Tensor:
         w, size = layer.tensors, self.shape.dim
-        q, k, v = ((x @ w[name].T).view(len(x), -1, size) for name in ("w_q", "w_k", "w_v"))
+        q, k, v = (_product(x, w, name).view(len(x), -1, size) for name in ("_q", "_k", "_v"))
         pages = None if places.tables is None else gpu.decoding.Tables(places.begins, places.tables)
         place = (memory.keys, memory.values, places.slots, places.positions, pages)
         gpu.decoding.append_keys_(k, v, self.frequencies, *place)
-        return gpu.decoding.attention_step(q, self.frequencies, *place, longest=longest).flatten(1) @ w["w_out"].T
+        out = gpu.decoding.attention_step(q, self.frequencies, *place, longest=longest)
+        return _product(out.flatten(1), w, "_out")
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -98,3 +100,14 @@ class Step:
     def _join(self) -> None:
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
+
+
+def _matrix(tensors: dict[str, Tensor], name: str) -> Tensor | Int8:
+    """The matrix w<name> of a layer, with its scales s<name> if it has them."""
+    weight, scales = tensors["w" + name], tensors.get("s" + name)
+    return weight if scales is None else Int8(weight, scales)
+
+
+def _product(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
+    matrix = _matrix(tensors, name)
+    return gpu.decoding.linear_int8(x, *matrix) if isinstance(matrix, Int8) else x @ matrix.T

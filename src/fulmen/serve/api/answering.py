@@ -68,6 +68,8 @@ class Api:
 
         param: the field that the prompts come from.
         """
+        if not self.service.ready:  # it may have stopped while the prompts were encoded
+            raise stopping()
         longest, room = max(map(len, prompts)), self.service.max_context
         if longest >= room:
             message = f"{param} has {longest} tokens; {room} is the longest context here, the answer included"

@@ -146,7 +146,7 @@ class TestArguments:
             ("train", "the following arguments are required: recipe"),
             ("train recipe.toml --steps 3", "unrecognized arguments: --steps 3"),
             ("generate run --max-tokens many", "argument --max-tokens: invalid int value: 'many'"),
-            ("generate run -p x --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+            ("generate run -p x --dtype int4", "argument --dtype: invalid choice: 'int4'"),
             ("generate run -p x --max-tokens 0", "max_tokens must be at least 1, got 0"),
             ("generate run -p x --temperature -1", "temperature must be 0 or more, got -1.0"),
             ("generate run -p x --temperature nan", "temperature must be 0 or more, got nan"),

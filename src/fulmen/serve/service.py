@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Sequence
 
+from fulmen.run.threads import release_openmp_threads
 from fulmen.serve.engine import Engine
 from fulmen.serve.metrics import Metrics
 from fulmen.serve.sampling import SamplingParams
@@ -70,6 +71,7 @@ class Service:
 
     async def __aenter__(self) -> "Service":
         self._loop = asyncio.get_running_loop()
+        release_openmp_threads()  # this thread may have computed before, and the engine's does from now on
         self._thread.start()
         self.ready = True
         return self

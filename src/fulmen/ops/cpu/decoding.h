@@ -42,7 +42,6 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float quad __attribute__((vector_size(16)));
 typedef bf16 half_vec __attribute__((vector_size(2 * LANES)));
-typedef int8_t byte_vec __attribute__((vector_size(LANES)));
 typedef uint32_t bits_vec __attribute__((vector_size(4 * LANES)));
 
 INLINE i64 min(i64 a, i64 b) { return a < b ? a : b; }
@@ -62,10 +61,17 @@ INLINE vec load_bf16(const bf16 *p) {
     return (vec)(__builtin_convertvector(halves, bits_vec) << 16);
 }
 
+/* Left to itself, gcc 12 takes the bytes one by one. */
 INLINE vec load_int8(const int8_t *p) {
-    byte_vec bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, vec);
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    float numbers[LANES];
+    for (int i = 0; i < LANES; i++) numbers[i] = p[i];
+    return load(numbers);
+#endif
 }
 
 /* a * b + sum. Left to itself, gcc rounds the product in some loops (where it holds chains of FMA for slow) and not in

@@ -6,6 +6,7 @@ as there are clients as one batch, at once. Times are what clients see, in milli
 """
 
 import asyncio
+import copy
 import functools
 import itertools
 import random
@@ -13,7 +14,7 @@ import re
 import statistics
 import string
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -21,12 +22,15 @@ from fulmen.bench import cpu
 from fulmen.bench.gpu import quotient, show
 from fulmen.data import Tokenizer
 from fulmen.model import LanguageModel, ModelConfig
+from fulmen.model.int8 import quantize_
 from fulmen.serve import Engine, EngineSettings, SamplingParams
 from fulmen.serve.service import Service
 
 CONCURRENCY = (1, 4, 16, 64)
 PROMPT, ANSWER = 128, 64
 SHARED, OWN, ASKING = 2000, 20, 32
+LONG_PROMPT = {"cpu": 2048, "cuda": 16384}
+SEQUENCES = (1, 32)
 
 
 def bench_load() -> list[dict]:
@@ -35,7 +39,7 @@ def bench_load() -> list[dict]:
     rows = []
     for clients in CONCURRENCY:
         count = max(2 * clients, 8)
-        prompts = [torch.randint(4, 1000, (PROMPT,)).tolist() for _ in range(count)]
+        prompts = random_prompts(count, PROMPT)
         params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
         engine = new_engine(ours, max_sequences=clients, prefix_cache=False)
         engine.generate(prompts[:clients], params)  # kernels and graphs
@@ -50,8 +54,8 @@ def bench_load() -> list[dict]:
 def bench_prefix() -> list[dict]:
     """Prompts of 2000 common tokens and a few of their own, all at once, with the prefix cache and without."""
     ours, _ = models()
-    shared = torch.randint(4, 1000, (SHARED,)).tolist()
-    prompts = [shared + torch.randint(4, 1000, (OWN,)).tolist() for _ in range(ASKING)]
+    (shared,), own = random_prompts(1, SHARED), random_prompts(ASKING, OWN)
+    prompts = [shared + end for end in own]
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     rows = []
     for is_cached in (False, True):
@@ -63,7 +67,57 @@ def bench_prefix() -> list[dict]:
     return rows
 
 
-TABLES = {"load": bench_load, "prefix": bench_prefix}
+def bench_engine() -> list[dict]:
+    """A step of the engine by itself, sampling included, and a long prompt: the weights as they are, and in int8."""
+    ours, theirs = models()
+    rounded = copy.deepcopy(ours)
+    quantize_(rounded)
+    dtype = str(ours.embed_tokens.weight.dtype).removeprefix("torch.")
+    rows = [engine_row(f"fulmen, {name}", model) for name, model in ((dtype, ours), ("int8", rounded))]
+    rows.append(show({"model": f"transformers, {dtype}"} | times_of(functools.partial(their_times, theirs))))
+    return rows
+
+
+def engine_row(name: str, model: LanguageModel) -> dict:
+    tensors = (*model.parameters(), *model.buffers())
+    size = {"model": name, "weights, GB": sum(tensor.nbytes for tensor in tensors) / 1e9}
+    return show(size | times_of(functools.partial(our_times, model)))
+
+
+def times_of(measure_batch: Callable[[int, int], list[float]]) -> dict[str, float]:
+    """Of `measure_batch(sequences, length of their prompts)`, which gives the seconds of a prompt and of each step."""
+    found = {}
+    for batch in SEQUENCES:
+        found[f"step of {batch}, ms"] = statistics.median(measure_batch(batch, PROMPT)[1:]) * 1e3
+    length = LONG_PROMPT["cuda" if torch.cuda.is_available() else "cpu"]
+    return found | {f"prompt of {length}, tokens/s": length / measure_batch(1, length)[0]}
+
+
+def our_times(model: LanguageModel, batch: int, length: int) -> list[float]:
+    prompts = random_prompts(batch, length)
+    engine = new_engine(model, max_sequences=batch, prefix_cache=False, max_context=length + ANSWER)
+    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+    engine.generate(prompts, params)  # kernels and graphs
+    for prompt in prompts:
+        engine.submit(prompt, params)
+    times = [time.perf_counter()]
+    while engine.has_work:
+        if sum(piece.generated_tokens > 0 for _, piece in engine.step()) == batch:
+            times.append(time.perf_counter())
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+@torch.inference_mode()
+def their_times(model: torch.nn.Module, batch: int, length: int) -> list[float]:
+    tokens = torch.tensor(random_prompts(batch, length), device=model.device)
+    model(tokens, use_cache=True, logits_to_keep=1)
+    times = [time.perf_counter()]
+    for _ in steps_of(model, tokens, ANSWER):
+        times.append(time.perf_counter())
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+TABLES = {"load": bench_load, "prefix": bench_prefix, "engine": bench_engine}
 
 
 def models() -> tuple[LanguageModel, torch.nn.Module]:
@@ -84,13 +138,14 @@ def tokenizer_of(size: int) -> Tokenizer:
     return Tokenizer.train([" ".join(words)], size)
 
 
-def new_engine(model: LanguageModel, **settings) -> Engine:
+def random_prompts(count: int, length: int) -> list[list[int]]:
+    return torch.randint(4, 1000, (count, length)).tolist()
+
+
+def new_engine(model: LanguageModel, *, max_context: int = PROMPT + SHARED + OWN + ANSWER, **settings) -> Engine:
     large = {"chunk_tokens": 8192, "page_size": 64} if torch.cuda.is_available() else {}
-    return Engine(
-        model,
-        tokenizer_of(model.config.vocab_size),
-        EngineSettings(max_context=PROMPT + SHARED + OWN + ANSWER, **large, **settings),
-    )
+    settings = EngineSettings(max_context=max_context, **large, **settings)
+    return Engine(model, tokenizer_of(model.config.vocab_size), settings)
 
 
 async def measure(engine: Engine, prompts: Sequence[list[int]], params: SamplingParams, clients: int) -> dict:
@@ -123,17 +178,22 @@ def peer(model: torch.nn.Module, prompts: Sequence[list[int]], clients: int) -> 
     for begin in range(0, len(prompts), clients):
         batch = torch.tensor(prompts[begin : begin + clients], device=model.device)
         times = [time.perf_counter()]
-        out = model(batch, use_cache=True, logits_to_keep=1)
-        for _ in range(ANSWER):
-            token = out.logits[:, -1:].argmax(-1)
-            token.tolist()
+        for _ in steps_of(model, batch, ANSWER):
             times.append(time.perf_counter())
-            if len(times) <= ANSWER:
-                out = model(token, past_key_values=out.past_key_values, use_cache=True)
         first += [times[1] - times[0]] * len(batch)
         between += [later - earlier for earlier, later in itertools.pairwise(times[1:])]
         tokens += len(batch) * ANSWER
     return {"tokens/s": tokens / (time.perf_counter() - started)} | latencies(first, between)
+
+
+def steps_of(model: torch.nn.Module, prompts: torch.Tensor, count: int) -> Iterator[list]:
+    """transformers' greedy tokens, step by step, each when the host has it."""
+    out = model(prompts, use_cache=True, logits_to_keep=1)
+    for step in range(count):
+        token = out.logits[:, -1:].argmax(-1)
+        yield token.tolist()
+        if step + 1 < count:
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
 
 
 def latencies(first: list[float], between: list[float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fulmen.model import LanguageModel, ModelConfig, graph, step
+from fulmen.model import cache as cache_module
 from fulmen.model.int8 import quantize_
 from fulmen.model.pool import CachePool, PoolBatch
 from fulmen.ops import cpu, gpu
@@ -87,12 +88,18 @@ def test_int8(model, steps, gpu_device):
     assert len(steps) == 8
 
 
-def test_keys_and_values_outgrow_their_buffer(model, steps, gpu_device):
-    tokens = torch.randint(CONFIG.vocab_size, (2, 70), device=gpu_device)
-    cache = model.new_cache(2)
-    got = [model(tokens[:, :60], cache=cache)] + [model(t, cache=cache) for t in tokens[:, 60:].split(1, dim=1)]
+def test_keys_and_values_outgrow_their_buffer(model, steps, monkeypatch, gpu_device):
+    """Where there are records, one before and one after."""
+    monkeypatch.setattr(cache_module, "SMALLEST", 4)
+    tokens = torch.randint(CONFIG.vocab_size, (2, 8), device=gpu_device)
+    cache, rooms = model.new_cache(2), []
+    got = [model(tokens[:, :2], cache=cache)]
+    for column in tokens[:, 2:].split(1, dim=1):
+        got.append(model(column, cache=cache))
+        rooms.append(cache.layers[-1].keys.shape[1])
     torch.testing.assert_close(torch.cat(got, dim=1), forward(model, tokens), rtol=0, atol=5e-5)
-    assert len(steps) == 10
+    assert len(steps) == 6
+    assert rooms == [4, 4, 10, 10, 10, 10]
 
 
 def test_two_caches_in_turns_and_tokens_in_between(model, steps, gpu_device):

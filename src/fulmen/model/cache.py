@@ -16,6 +16,10 @@ from fulmen.ops.lightning import silu_lightning_attention
 from fulmen.ops.softmax import softmax_attention
 
 
+SMALLEST = 64
+"""Tokens that a buffer of keys and values has room for, at least."""
+
+
 class NextTokens(NamedTuple):
     """What the step of all layers in one call needs of a cache to decode a token of each sequence."""
 
@@ -102,7 +106,7 @@ class KeyValues:
     def reserve(self, length: int) -> None:
         """Make sure that the buffers, once there are any, have room for `length` tokens."""
         if self.keys.shape[1] < length:
-            room = max(64, 2 * length)
+            room = max(SMALLEST, 2 * length)
             self.keys, self.values = (_moved(old, self.length, room) for old in (self.keys, self.values))
 
     def memory(self, x: Tensor) -> LayerMemory | None:

@@ -49,7 +49,6 @@ class _Records:
 
     def __init__(self):
         self.by_rows: dict[int, _Record] = {}
-        self.memory_pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def run(self, step, x: Tensor, memories: Sequence[LayerMemory], places: Places, *, rows: int) -> tuple[Tensor, ...]:
         """The output [B, hidden], and experts, weights, probabilities and counts of all layers [L, ...]."""
@@ -61,7 +60,8 @@ class _Records:
         if is_new or not x.is_cuda:  # Triton's interpreter has no graphs
             return record.cut(record.run(step), len(x))
         if record.graph is None:
-            record.capture(step, self.memory_pool)
+            graphs = (each.graph for each in self.by_rows.values() if each.graph is not None)
+            record.capture(step, shared=next(graphs, None))
         record.graph.replay()
         # Copied, for the next replay writes to the same places.
         return tuple(tensor.clone() for tensor in record.cut(record.outputs, len(x)))
@@ -107,13 +107,15 @@ class _Record:
         numbers[3 * self.rows :] = places.tables
         self.numbers[:count].copy_(numbers, non_blocking=True)
 
-    def capture(self, step, memory_pool) -> None:
-        """Record the launches, without running them."""
-        self.graph = torch.cuda.CUDAGraph()
-        # Another thread may allocate meanwhile.
-        recording = torch.cuda.graph(self.graph, pool=memory_pool, capture_error_mode="thread_local")
+    def capture(self, step, shared: torch.cuda.CUDAGraph | None) -> None:
+        """Record the launches, without running them, in the memory of another graph, which is never run beside it."""
+        graph = torch.cuda.CUDAGraph()
+        # A pool of memory goes with the last graph in it. Another thread may allocate meanwhile.
+        memory = None if shared is None else shared.pool()
+        recording = torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local")
         with torch.inference_mode(False), torch.no_grad(), recording:
             self.outputs = self.run(step)
+        self.graph = graph
 
     def run(self, step) -> tuple[Tensor, ...]:
         """The launches, of all rows."""

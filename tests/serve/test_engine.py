@@ -8,6 +8,8 @@ import torch
 from fulmen.checkpoint import save_model
 from fulmen.config import UserError
 from fulmen.serve import Completion, Engine, EngineSettings, SamplingParams
+from fulmen.serve import engine as engine_module
+from fulmen.serve.scheduler import Counts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
@@ -52,24 +54,31 @@ def drive(engine, requests, seed=0):
     return [answers[place] for place in range(len(requests))]
 
 
-def random_requests(count, seed=1, longest=120, shared=0):
+def random_requests(count, seed=1, longest=120, shared=0, most=30):
     rng = random.Random(seed)
     system = [rng.randrange(4, 320) for _ in range(shared)]
     prompts = [system + [rng.randrange(4, 320) for _ in range(rng.randint(1, longest))] for _ in range(count)]
-    return [(prompt, SamplingParams(temperature=0, max_tokens=rng.randint(1, 30))) for prompt in prompts]
+    return [(prompt, SamplingParams(temperature=0, max_tokens=rng.randint(1, most))) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
 def requests(model):
-    """Requests with the answers that they must have."""
-    found = random_requests(24, shared=50)
+    """64 requests, and the answers that they must have."""
+    found = random_requests(64, shared=50)
+    return found, [greedy(model, prompt, params.max_tokens) for prompt, params in found]
+
+
+@pytest.fixture(scope="module")
+def talkative(model):
+    """The same of short prompts and long answers, which grow out of what there was room for."""
+    found = random_requests(64, longest=20, most=100)
     return found, [greedy(model, prompt, params.max_tokens) for prompt, params in found]
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 17, 255, 300])
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_each_of_many_is_as_if_alone(new_engine, requests, chunk_tokens, prefix_cache):
-    engine = new_engine(chunk_tokens=chunk_tokens, prefix_cache=prefix_cache, max_sequences=8)
+    engine = new_engine(chunk_tokens=chunk_tokens, prefix_cache=prefix_cache, max_sequences=64)
     assert drive(engine, requests[0]) == requests[1]
     assert engine.scheduler.pages.in_use == 0
     assert engine.scheduler.counts.hit_rate > 0.2 if prefix_cache else engine.scheduler.counts.hit == 0, (
@@ -77,10 +86,40 @@ def test_each_of_many_is_as_if_alone(new_engine, requests, chunk_tokens, prefix_
     )
 
 
-def test_preemption_changes_nothing(new_engine, requests):
-    engine = new_engine(pages=28, snapshots=3, max_sequences=8)
-    assert drive(engine, requests[0]) == requests[1]
+@pytest.mark.parametrize("chunk_tokens", [1, 17, 255, 300])
+def test_preemption_changes_nothing(new_engine, talkative, chunk_tokens):
+    engine = new_engine(chunk_tokens=chunk_tokens, pages=28, snapshots=3, max_sequences=64)
+    assert drive(engine, talkative[0]) == talkative[1]
     assert engine.scheduler.counts.preemptions > 0
+
+
+def test_of_many_that_share_a_prompt_one_computes_it(new_engine, model):
+    asked = random_requests(32, longest=20, shared=250)
+    engine = new_engine(max_sequences=32)
+    for prompt, params in asked:
+        engine.submit(prompt, params)
+    numbers = list(engine._requests)
+    answers = {number: [] for number in numbers}
+    while engine.has_work:
+        for number, piece in engine.step():
+            answers[number] += piece.tokens
+    assert list(answers.values()) == [greedy(model, prompt, params.max_tokens) for prompt, params in asked]
+    counts = engine.scheduler.counts
+    assert counts.hit + counts.without_state == 31 * 248  # whole pages of eight tokens
+    assert counts.without_state <= 2 * 56  # of who comes before there are states where prompts part
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_warming_up_leaves_no_trace(new_engine, requests, monkeypatch, kind):
+    """What is done on a GPU is done here too, where it is no use."""
+    lengths = engine_module._first_lengths
+    monkeypatch.setattr(engine_module, "_first_lengths", lambda device, *sizes: lengths(kind, *sizes))
+    engine = new_engine(max_sequences=8)
+    engine.warm_up()
+    assert not engine.has_work
+    assert engine.scheduler.counts == Counts()
+    assert engine.scheduler.pages.free == engine.plan.pages
+    assert drive(engine, requests[0][:8]) == requests[1][:8]
 
 
 def test_a_prompt_seen_before_is_not_computed_again(new_engine):

@@ -24,6 +24,18 @@ def test_what_one_sequence_takes():
     assert page_bytes(ModelConfig.preset("tiny", layer_plan="L"), 16, 2) == 0
 
 
+@pytest.mark.parametrize(("device", "chunk", "page"), [("cpu", 512, 16), ("cuda", 8192, 64), ("cuda:1", 8192, 64)])
+def test_a_gpu_has_defaults_of_its_own(device, chunk, page):
+    assert (EngineSettings().on(device).chunk_tokens, EngineSettings().on(device).page_size) == (chunk, page)
+    assert EngineSettings(page_size=3, chunk_tokens=5).on(device).page_size == 3
+    plans = [
+        plan_memory(TINY, EngineSettings(chunk_tokens=tokens), budget=GB, weights=0, device=device)
+        for tokens in (None, chunk)
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0].page_size == page
+
+
 def test_eight_cards_of_80_gb_hold_a_million_tokens_of_the_released_model():
     plan = large(EngineSettings(max_context=1_000_000, max_sequences=16, chunk_tokens=8192, page_size=64))
     assert plan.max_context == 1_000_000

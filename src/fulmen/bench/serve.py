@@ -42,7 +42,7 @@ def bench_load() -> list[dict]:
         prompts = random_prompts(count, PROMPT)
         params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
         engine = new_engine(ours, max_sequences=clients, prefix_cache=False)
-        engine.generate(prompts[:clients], params)  # kernels and graphs
+        engine.warm_up()
         line = {"clients": clients} | asyncio.run(measure(engine, prompts, params, clients))
         del engine
         line |= {f"transformers {name}": value for name, value in peer(theirs, prompts, clients).items()}
@@ -60,7 +60,7 @@ def bench_prefix() -> list[dict]:
     rows = []
     for is_cached in (False, True):
         engine = new_engine(ours, max_sequences=ASKING, prefix_cache=is_cached)
-        engine.generate([[5] * PROMPT], params)
+        engine.warm_up()
         line = {"prefix cache": "on" if is_cached else "off"}
         rows.append(show(line | asyncio.run(measure(engine, prompts, params, ASKING))))
         del engine
@@ -95,7 +95,8 @@ def times_of(measure_batch: Callable[[int, int], list[float]]) -> dict[str, floa
 
 def our_times(model: LanguageModel, batch: int, length: int) -> list[float]:
     prompts = random_prompts(batch, length)
-    engine = new_engine(model, max_sequences=batch, prefix_cache=False, max_context=length + ANSWER)
+    whole = {"chunk_tokens": 16384} if torch.cuda.is_available() else {}
+    engine = new_engine(model, max_sequences=batch, prefix_cache=False, max_context=length + ANSWER, **whole)
     params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
     engine.generate(prompts, params)  # kernels and graphs
     for prompt in prompts:
@@ -143,8 +144,7 @@ def random_prompts(count: int, length: int) -> list[list[int]]:
 
 
 def new_engine(model: LanguageModel, *, max_context: int = PROMPT + SHARED + OWN + ANSWER, **settings) -> Engine:
-    large = {"chunk_tokens": 8192, "page_size": 64} if torch.cuda.is_available() else {}
-    settings = EngineSettings(max_context=max_context, **large, **settings)
+    settings = EngineSettings(max_context=max_context, **settings)
     return Engine(model, tokenizer_of(model.config.vocab_size), settings)
 
 

@@ -85,8 +85,10 @@ def _memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-sequences", type=count, default=64, help="that run at the same time (default: 64)")
     help_text = "tokens of prompt and answer (default: the model's positions, as far as they fit)"
     parser.add_argument("--max-context", type=count, help=help_text)
-    parser.add_argument("--chunk-tokens", type=count, default=512, help="of prompts in one step (default: 512)")
-    parser.add_argument("--page-size", type=count, default=16, help="tokens of a page of keys and values (default: 16)")
+    help_text = "of prompts in one step (default: 512, on a GPU 8192)"
+    parser.add_argument("--chunk-tokens", type=count, help=help_text)
+    help_text = "tokens of a page of keys and values (default: 16, on a GPU 64)"
+    parser.add_argument("--page-size", type=count, help=help_text)
     parser.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt anew")
 
 
@@ -121,6 +123,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         weights=config.weight_bytes(arguments.dtype),
         number_bytes=4 if arguments.dtype == "float32" else 2,
         is_int8=arguments.dtype == "int8",
+        device="cuda",
     )
     print(f"{arguments.devices} x {arguments.memory:g} GB, of which {arguments.share:.0%}; {arguments.dtype} weights")
     print(plan.table())

@@ -15,7 +15,6 @@ from fulmen.ops.cpu.step import LayerMemory, Places
 from fulmen.ops.lightning import silu_lightning_attention
 from fulmen.ops.softmax import softmax_attention
 
-
 SMALLEST = 64
 """Tokens that a buffer of keys and values has room for, at least."""
 

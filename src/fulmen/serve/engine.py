@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from fulmen.checkpoint import find_checkpoint, load_config, load_generation_conf
 from fulmen.config import UserError
 from fulmen.data import Tokenizer
 from fulmen.model import LanguageModel
+from fulmen.model.graph import BUCKETS
 from fulmen.run import Progress
 from fulmen.serve import scheduler as policy
 from fulmen.serve.memory import plan_for_config, plan_for_model
@@ -64,7 +65,7 @@ class Engine:
 
         Raises UserError if that is too little.
         """
-        self.settings = settings or EngineSettings()
+        self.settings = (settings or EngineSettings()).on(model.embed_tokens.weight.device.type)
         self.plan = plan or plan_for_model(model, self.settings)
         self.tokenizer, self.model = tokenizer, model
         own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
@@ -100,6 +101,19 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._requests)
+
+    def warm_up(self) -> None:
+        """Compute what the first requests would otherwise wait for; nothing must be under way, and no trace is left.
+
+        Kernels are compiled, or chosen, when they are first used, and steps recorded: on a GPU this takes a while.
+        """
+        assert not self.has_work, "requests are under way"
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        longest = max(1, self.plan.max_context - params.max_tokens)
+        for lengths in _first_lengths(self.runner.device.type, self.plan.slots, self.settings.chunk_tokens):
+            tokens = itertools.cycle(range(self.model.config.vocab_size))
+            self.generate([[next(tokens)] * min(length, longest) for length in lengths], params)
+        self.scheduler = self._new_scheduler()
 
     def encode(self, text: str) -> list[int]:
         """A prompt's tokens as a document begins in training: the beginning-of-sentence token, then the text."""
@@ -244,8 +258,8 @@ class Engine:
         if piece.reason is not None:
             self._end(answer)
         if piece.text or piece.reason is not None:
-            counts = {"prompt_tokens": len(request.prompt), "cached_tokens": sequence.cached}
-            yield replace(piece, index=answer.index, **counts)
+            piece.index, piece.prompt_tokens, piece.cached_tokens = answer.index, len(request.prompt), sequence.cached
+            yield piece
 
     def _end(self, answer: _Answer) -> None:
         request = answer.request
@@ -273,6 +287,14 @@ class Engine:
         self.scheduler.counts = counts
         self._requests.clear()
         self._answers.clear()
+
+
+def _first_lengths(device: str, slots: int, chunk_tokens: int) -> list[list[int]]:
+    """Of prompts that make an engine do, batch by batch, all that is slow when it is done for the first time."""
+    if device != "cuda":
+        return [[1]]
+    several = [1000, 700, 300, 100]  # in one step, and once more out of the prefix cache
+    return [[2 * chunk_tokens], several, several, *([1] * count for count in (*BUCKETS, slots) if count <= slots)]
 
 
 def _failure(request: _Request, index: int, error: str) -> Piece:

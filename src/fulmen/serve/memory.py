@@ -19,7 +19,7 @@ def plan_for_config(config: ModelConfig, settings: EngineSettings, *, device: st
     weights = config.weight_bytes(_name(dtype), rest=_name(rest))
     budget = settings.memory or _budget(device, free_memory(device), weights)
     sizes = {"weights": weights, "number_bytes": rest.itemsize, "is_int8": is_int8}
-    return plan_memory(config, settings, budget=budget, **sizes)
+    return plan_memory(config, settings, budget=budget, device=device, **sizes)
 
 
 def plan_for_model(model: LanguageModel, settings: EngineSettings) -> MemoryPlan:
@@ -34,6 +34,7 @@ def plan_for_model(model: LanguageModel, settings: EngineSettings) -> MemoryPlan
         activations=measure_activations(model, settings) if weight.is_cuda else None,
         number_bytes=weight.element_size(),
         is_int8=any(parameter.dtype == torch.int8 for parameter in model.parameters()),
+        device=weight.device.type,
     )
 
 
@@ -56,7 +57,9 @@ def _budget(device: str | torch.device, free: int, weights: int) -> int:
 @torch.inference_mode()
 def measure_activations(model: LanguageModel, settings: EngineSettings) -> int:
     """Bytes of a GPU that the widest step takes for itself: a whole piece of prompts, and everybody's logits."""
-    device, tokens = model.embed_tokens.weight.device, min(settings.chunk_tokens, model.config.max_positions)
+    device = model.embed_tokens.weight.device
+    settings = settings.on(device.type)
+    tokens = min(settings.chunk_tokens, model.config.max_positions)
     count = -(-tokens // settings.page_size)
     pool = CachePool(
         model.config,

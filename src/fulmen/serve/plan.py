@@ -15,17 +15,24 @@ STATE_BYTES = 4
 """States are fp32, whatever the weights are."""
 
 
+DEFAULTS = {
+    "cpu": {"chunk_tokens": 512, "page_size": 16, "snapshot_interval": 1024},
+    "cuda": {"chunk_tokens": 8192, "page_size": 64, "snapshot_interval": 8192},
+}
+"""Of `EngineSettings`, by the kind of device: it takes long pieces of prompts to keep a GPU busy."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How an engine uses its memory and its time."""
+    """How an engine uses its memory and its time; for None see `DEFAULTS`."""
 
     max_sequences: int = 64  # that run at the same time
     max_context: int | None = None  # tokens of prompt and answer; None: as many as the model has positions for, or fit
     memory: int | None = None  # bytes for everything; None: what the device has free, or a quarter of it on a CPU
-    page_size: int = 16  # tokens of a page of keys and values
-    chunk_tokens: int = 512  # of prompts in one step
+    page_size: int | None = None  # tokens of a page of keys and values
+    chunk_tokens: int | None = None  # of prompts in one step
     prefix_cache: bool = True
-    snapshot_interval: int = 1024  # tokens of a prompt between two states that the prefix cache keeps
+    snapshot_interval: int | None = None  # tokens of a prompt between two states that the prefix cache keeps
     max_waiting: int = 1024  # requests
 
     def __post_init__(self) -> None:
@@ -35,6 +42,11 @@ class EngineSettings:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if self.max_waiting < 0:
             raise UserError(f"max_waiting must be 0 or more, got {self.max_waiting}")
+
+    def on(self, device: str) -> "EngineSettings":
+        """With the defaults of a device ("cpu", "cuda:1" ...) where nothing was said."""
+        kind = str(device).partition(":")[0]
+        return replace(self, **{name: value for name, value in DEFAULTS[kind].items() if getattr(self, name) is None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +126,7 @@ def plan_memory(
     activations: int | None = None,
     number_bytes: int = 2,
     is_int8: bool = False,
+    device: str = "cpu",
 ) -> MemoryPlan:
     """Divide `budget` bytes.
 
@@ -124,12 +137,12 @@ def plan_memory(
         activations: of a step, bytes; None: an estimate.
         number_bytes: of a key's number in the cache.
         is_int8: whether weights are, which an estimate differs with.
+        device: whose defaults are taken where the settings are silent.
 
     Raises:
         UserError: one sequence of the longest context does not fit; it says what would.
     """
-    if settings.max_context is not None and settings.max_context > config.max_positions:
-        raise UserError(f"max_context {settings.max_context} exceeds the model's {config.max_positions} positions")
+    settings = _settled(settings, config, device)
     slot, page = slot_bytes(config), page_bytes(config, settings.page_size, number_bytes)
     sizes = _Sizes(config, weights, activations, number_bytes, is_int8)
     longest, activations, rest = sizes.one_sequence(settings, budget)
@@ -163,6 +176,12 @@ def plan_memory(
         max_context=longest,
         notes=tuple(notes),
     )
+
+
+def _settled(settings: EngineSettings, config: ModelConfig, device: str) -> EngineSettings:
+    if settings.max_context is not None and settings.max_context > config.max_positions:
+        raise UserError(f"max_context {settings.max_context} exceeds the model's {config.max_positions} positions")
+    return settings.on(device)
 
 
 @dataclass(frozen=True)

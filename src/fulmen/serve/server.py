@@ -10,7 +10,6 @@ from fastapi import FastAPI
 
 from fulmen.serve.api.app import create_app
 from fulmen.serve.engine import Engine
-from fulmen.serve.params import SamplingParams
 from fulmen.serve.service import Service
 
 LAST_RESORT = 5.0
@@ -72,8 +71,7 @@ async def serve(
 
     grace: seconds that answers have to end then. when_ready: called when requests are taken.
     """
-    # What is built or recorded at the first step need not be waited for by the first client.
-    engine.generate([[0] * 2], SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.warm_up()
     async with Service(engine) as service:
         app = create_app(
             service,

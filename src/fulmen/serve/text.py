@@ -48,9 +48,10 @@ class TextStream:
         unfinished = bool(written) and _is_unfinished(self._bytes)
         self._waiting.append((self._decoded + unfinished, token, logprobs))
         self._held += text
-        if first_stop(self._held, self._params.stop):
+        ready, held, is_met = split_at_stop(self._held, self._params.stop)
+        if is_met:
             return self._end("stop", None)
-        ready, self._held, _ = split_at_stop(self._held, self._params.stop)
+        self._held = held
         self._given += len(ready)
         count = 0
         while ready and count < len(self._waiting) and self._waiting[count][0] <= self._given:
@@ -102,9 +103,11 @@ def first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
 
 def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
     """(text to give out, text to hold back because a stop string may have begun, whether one was met)."""
+    if not stops:
+        return text, "", False
     if met := first_stop(text, stops):
         return text[: met[0]], "", True
-    longest = max((len(stop) - 1 for stop in stops), default=0)
+    longest = max(len(stop) - 1 for stop in stops)
     for start in range(max(0, len(text) - longest), len(text)):
         if any(stop.startswith(text[start:]) for stop in stops):
             return text[:start], text[start:], False

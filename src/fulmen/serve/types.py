@@ -16,7 +16,7 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Piece:
     """A part of one answer. The last piece of each answer has a reason, one of `REASONS`."""
 

@@ -293,8 +293,10 @@ def _first_lengths(device: str, slots: int, chunk_tokens: int) -> list[list[int]
     """Of prompts that make an engine do, batch by batch, all that is slow when it is done for the first time."""
     if device != "cuda":
         return [[1]]
-    several = [1000, 700, 300, 100]  # in one step, and once more out of the prefix cache
-    return [[2 * chunk_tokens], several, several, *([1] * count for count in (*BUCKETS, slots) if count <= slots)]
+    # In pieces; alone; together in one step, and once more out of the prefix cache; few that fill a step, and many.
+    several = [1000, 700, 300, 100]
+    prompts = [[2 * chunk_tokens], [128], several, several, *([chunk_tokens // count] * count for count in (8, 64))]
+    return [lengths[:slots] for lengths in prompts] + [[1] * count for count in (*BUCKETS, slots) if count <= slots]
 
 
 def _failure(request: _Request, index: int, error: str) -> Piece:

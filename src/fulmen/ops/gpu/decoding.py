@@ -93,8 +93,8 @@ def attention_step(
         KEYS=KEYS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_stages=2,
     )  # fmt: skip
     _combine_kernel[(heads, batch)](
-        partial, weights, slots, out, heads, splits, size, SPLITS=triton.next_power_of_2(splits), WIDTH=width
-    )
+        partial, weights, slots, out, heads, splits, size, SPLITS=16 if splits <= 16 else SPLITS, WIDTH=width
+    )  # two kernels, as a server should seldom wait for one to be compiled
     return out
 
 

@@ -225,7 +225,7 @@ class PoolBatch:
 
     @cached_property
     def pages(self) -> Pages:
-        return Pages.of(self.tables, self.starts, self.lengths, self.pool.page_size, self.pool.device)
+        return Pages(self.tables, self.starts, self.lengths, self.pool.page_size, self.pool.device)
 
 
 class _PoolStates:

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,26 +44,36 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
     borders = check_borders(cu_seqlens, q.shape[0], q.shape[1])
     if is_short(q, k, v, borders):
         return short_samples_attention(q, k, v, borders)
-    if _are_many(q, borders):
-        return _many_samples(q[0], k[0], v[0], borders)[None]
+    if can_pack(q) and len(borders) > 2 and q.shape[1] < (len(borders) - 1) * MANY:
+        places = torch.tensor(borders, dtype=torch.int32).to(q.device, non_blocking=True)
+        longest = max(b - a for a, b in itertools.pairwise(borders))
+        return packed_attention(q[0], k[0], v[0], Packing(places, longest), Packing(places, longest))[None]
     samples = [slice(a, b) for a, b in itertools.pairwise(borders)]
     return torch.cat([_one_sequence(q[:, s], k[:, s], v[:, s]) for s in samples], dim=1)
 
 
-def _are_many(q: Tensor, borders: list[int]) -> bool:
-    """Whether one launch for all samples beats one each, whose kernel is the faster one for a long sample."""
-    takes = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 256
-    return takes and len(borders) > 2 and q.shape[1] < (len(borders) - 1) * MANY
+class Packing(NamedTuple):
+    """Samples laid end to end."""
+
+    borders: Tensor  # [N+1] int32, on the samples' device
+    longest: int  # tokens
 
 
-def _many_samples(q: Tensor, k: Tensor, v: Tensor, borders: list[int]) -> Tensor:
-    """q [T, H, D], k, v [T, H_kv, D] of samples laid end to end, through PyTorch's kernel for them."""
-    places = torch.tensor(borders, dtype=torch.int32).to(q.device, non_blocking=True)
-    longest = max(b - a for a, b in itertools.pairwise(borders))
+def can_pack(q: Tensor) -> bool:
+    """Whether `packed_attention` takes such tensors."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing) -> Tensor:
+    """q [T, H, D], k, v [S, H_kv, D]: PyTorch's one launch for all samples; a sample's queries are its last tokens.
+
+    One each may be faster for a long sample, but only where its length comes again: kernels are chosen by length.
+    """
     # Newer versions want to be told that a key head serves several query heads, older ones know no such word.
     asked = "enable_gqa" in inspect.signature(varlen_attn).parameters
     more = {"enable_gqa": True} if asked and q.shape[1] != k.shape[1] else {}
-    return varlen_attn(q, k, v, places, places, longest, longest, window_size=(-1, 0), **more)
+    places, longest = zip(queries, keys, strict=True)
+    return varlen_attn(q, k, v, *places, *longest, window_size=(-1, 0), **more)
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

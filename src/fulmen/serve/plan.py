@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fulmen.config import UserError
 from fulmen.model import ModelConfig
 from fulmen.model.config import LIGHTNING, SOFTMAX
+from fulmen.ops.softmax.paged import TOGETHER
 
 GB = 10**9
 
@@ -102,7 +103,7 @@ def page_bytes(config: ModelConfig, page_size: int, number_bytes: int) -> int:
 def estimate_activations(
     config: ModelConfig, settings: EngineSettings, number_bytes: int, is_int8: bool = False
 ) -> int:
-    """Of one step: a piece of a prompt that ends a longest sequence, and the logits of all that decode.
+    """Of one step: a piece of a prompt, and the logits of all that decode.
 
     Of int8 weights also the copy of a layer's largest matrices that products of many tokens take.
     """
@@ -110,11 +111,14 @@ def estimate_activations(
     attention = 6 * config.hidden_size + 6 * config.attention_size
     experts = k * (3 * config.expert_size + config.hidden_size)
     logits = 3 * settings.max_sequences * config.vocab_size * 4
-    context = config.max_positions if settings.max_context is None else settings.max_context
-    gathered = 2 * min(context, config.max_positions) * config.num_kv_heads * config.head_dim * number_bytes
-    has_pages = SOFTMAX in config.layers
     copied = is_int8 * 2 * config.num_experts * config.expert_size * config.hidden_size * number_bytes
-    return tokens * (attention + experts) * max(number_bytes, 4) + logits + has_pages * gathered + copied
+    return tokens * (attention + experts) * max(number_bytes, 4) + logits + copied
+
+
+def gathered_bytes(config: ModelConfig, context: int, number_bytes: int) -> int:
+    """Of one softmax layer's keys and values where a piece of a prompt continues sequences of a context."""
+    tokens = max(context, TOGETHER) if SOFTMAX in config.layers else 0
+    return 2 * tokens * config.num_kv_heads * config.head_dim * number_bytes
 
 
 def plan_memory(
@@ -134,7 +138,7 @@ def plan_memory(
     snapshots, and what is left becomes pages.
 
     Args:
-        activations: of a step, bytes; None: an estimate.
+        activations: of a step that begins sequences, bytes; None: an estimate.
         number_bytes: of a key's number in the cache.
         is_int8: whether weights are, which an estimate differs with.
         device: whose defaults are taken where the settings are silent.
@@ -200,12 +204,11 @@ class _Sizes:
         Without a wish half of what there is goes to its pages at most.
         """
         slot, page = slot_bytes(self.config), page_bytes(self.config, settings.page_size, self.number_bytes)
-        longest, activations = settings.max_context or self.config.max_positions, self.activations
-        if activations is None:
-            if settings.max_context is None and page:
-                room = budget - self.weights - slot - self._activations(settings, 1)
-                longest = min(longest, max(1, room // 2 // page) * settings.page_size)
-            activations = self._activations(settings, longest)
+        longest = settings.max_context or self.config.max_positions
+        if settings.max_context is None and page:
+            room = budget - self.weights - slot - self._activations(settings, 1)
+            longest = min(longest, max(1, room // 2 // page) * settings.page_size)
+        activations = self._activations(settings, longest)
         rest = budget - self.weights - activations - slot
         fitting = longest if page == 0 else max(0, rest) // page * settings.page_size
         least = settings.max_context or min(longest, 2 * settings.page_size)
@@ -213,8 +216,10 @@ class _Sizes:
         return (min(longest, fitting) if does_fit else 0), activations, rest
 
     def _activations(self, settings: EngineSettings, context: int) -> int:
-        wished = replace(settings, max_context=context)
-        return estimate_activations(self.config, wished, self.number_bytes, self.is_int8)
+        found = self.activations
+        if found is None:
+            found = estimate_activations(self.config, settings, self.number_bytes, self.is_int8)
+        return found + gathered_bytes(self.config, context, self.number_bytes)
 
     def enough(self, settings: EngineSettings, budget: int) -> int:
         """The least budget that does, where `budget` does not."""

@@ -628,9 +628,9 @@ class TestServe:
         assert fulmen("serve", finished, "--port", 0, "--memory", f"{(enough - 0.1) / 1000:.6f}")[0] == 2
 
     def test_a_context_that_is_too_long_is_refused_with_the_one_that_would_do(self, fulmen):
-        plan = ("plan", "tiny", "--memory", 0.055, "--chunk-tokens", 64)
+        plan = ("plan", "tiny", "--memory", 0.05, "--chunk-tokens", 64)
         result = fulmen(*plan, "--max-context", 8192)
-        assert not assert_refused(result, "8192 tokens do not fit into 49.5 MB", " would; give that as --max-context")
+        assert not assert_refused(result, "8192 tokens do not fit into 45.0 MB", " would; give that as --max-context")
         fitting = int(re.search(r": (\d+) would", result[2])[1])
         code, out, _ = fulmen(*plan, "--max-context", fitting)
         assert (code, re.search(r"longest sequence +(\d+)", out)[1]) == (0, str(fitting))

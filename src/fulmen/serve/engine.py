@@ -110,9 +110,11 @@ class Engine:
         assert not self.has_work, "requests are under way"
         params = SamplingParams(max_tokens=4, ignore_eos=True)
         longest = max(1, self.plan.max_context - params.max_tokens)
+        tokens = itertools.cycle(range(self.model.config.vocab_size))
         for lengths in _first_lengths(self.runner.device.type, self.plan.slots, self.settings.chunk_tokens):
-            tokens = itertools.cycle(range(self.model.config.vocab_size))
-            self.generate([[next(tokens)] * min(length, longest) for length in lengths], params)
+            prompts = [[next(tokens)] * min(length, longest) for length in lengths]
+            for _ in ("anew", "out of the prefix cache"):
+                self.generate(prompts, params)
         self.scheduler = self._new_scheduler()
 
     def encode(self, text: str) -> list[int]:
@@ -293,9 +295,9 @@ def _first_lengths(device: str, slots: int, chunk_tokens: int) -> list[list[int]
     """Of prompts that make an engine do, batch by batch, all that is slow when it is done for the first time."""
     if device != "cuda":
         return [[1]]
-    # In pieces; alone; together in one step, and once more out of the prefix cache; few that fill a step, and many.
-    several = [1000, 700, 300, 100]
-    prompts = [[2 * chunk_tokens], [128], several, several, *([chunk_tokens // count] * count for count in (8, 64))]
+    # In pieces; alone; a few together in one step, of one length and of several; few that fill a step, and many.
+    prompts = [[2 * chunk_tokens], [128], [100] * 4, [1000, 700, 300, 100]]
+    prompts += [[chunk_tokens // count] * count for count in (8, 64)]
     return [lengths[:slots] for lengths in prompts] + [[1] * count for count in (*BUCKETS, slots) if count <= slots]
 
 

@@ -24,7 +24,7 @@ def test_what_one_sequence_takes():
     assert page_bytes(ModelConfig.preset("tiny", layer_plan="L"), 16, 2) == 0
 
 
-@pytest.mark.parametrize(("device", "chunk", "page"), [("cpu", 512, 16), ("cuda", 8192, 64), ("cuda:1", 8192, 64)])
+@pytest.mark.parametrize(("device", "chunk", "page"), [("cpu", 1024, 16), ("cuda", 8192, 64), ("cuda:1", 8192, 64)])
 def test_a_gpu_has_defaults_of_its_own(device, chunk, page):
     assert (EngineSettings().on(device).chunk_tokens, EngineSettings().on(device).page_size) == (chunk, page)
     assert EngineSettings(page_size=3, chunk_tokens=5).on(device).page_size == 3

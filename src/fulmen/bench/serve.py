@@ -90,7 +90,8 @@ def times_of(measure_batch: Callable[[int, int], list[float]]) -> dict[str, floa
     for batch in SEQUENCES:
         found[f"step of {batch}, ms"] = statistics.median(measure_batch(batch, PROMPT)[1:]) * 1e3
     length = LONG_PROMPT["cuda" if torch.cuda.is_available() else "cpu"]
-    return found | {f"prompt of {length}, tokens/s": length / measure_batch(1, length)[0]}
+    seconds = statistics.median(measure_batch(1, length)[0] for _ in range(3))
+    return found | {f"prompt of {length}, tokens/s": length / seconds}
 
 
 def our_times(model: LanguageModel, batch: int, length: int) -> list[float]:

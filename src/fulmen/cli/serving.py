@@ -85,7 +85,7 @@ def _memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-sequences", type=count, default=64, help="that run at the same time (default: 64)")
     help_text = "tokens of prompt and answer (default: the model's positions, as far as they fit)"
     parser.add_argument("--max-context", type=count, help=help_text)
-    help_text = "of prompts in one step (default: 512, on a GPU 8192)"
+    help_text = "of prompts in one step (default: 1024, on a GPU 8192)"
     parser.add_argument("--chunk-tokens", type=count, help=help_text)
     help_text = "tokens of a page of keys and values (default: 16, on a GPU 64)"
     parser.add_argument("--page-size", type=count, help=help_text)

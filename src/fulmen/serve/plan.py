@@ -17,7 +17,7 @@ STATE_BYTES = 4
 
 
 DEFAULTS = {
-    "cpu": {"chunk_tokens": 512, "page_size": 16, "snapshot_interval": 1024},
+    "cpu": {"chunk_tokens": 1024, "page_size": 16, "snapshot_interval": 1024},
     "cuda": {"chunk_tokens": 8192, "page_size": 64, "snapshot_interval": 8192},
 }
 """Of `EngineSettings`, by the kind of device: it takes long pieces of prompts to keep a GPU busy."""

@@ -295,9 +295,11 @@ def _first_lengths(device: str, slots: int, chunk_tokens: int) -> list[list[int]
     """Of prompts that make an engine do, batch by batch, all that is slow when it is done for the first time."""
     if device != "cuda":
         return [[1]]
-    # In pieces; alone; a few together in one step, of one length and of several; few that fill a step, and many.
+    # In pieces; alone; a few together in one step, of one length and of several.
     prompts = [[2 * chunk_tokens], [128], [100] * 4, [1000, 700, 300, 100]]
-    prompts += [[chunk_tokens // count] * count for count in (8, 64)]
+    # Those that fill a step: the rest of one that was begun before among few and among more; many, all of them new.
+    prompts += [[chunk_tokens // count + 1] * 2 * count for count in (3, 7)]
+    prompts += [[chunk_tokens // count] * count for count in (16, 64)]
     return [lengths[:slots] for lengths in prompts] + [[1] * count for count in (*BUCKETS, slots) if count <= slots]
 
 

@@ -1,12 +1,12 @@
-"""The GPU tables of README and docs/gpu.md are what bench/results says."""
+"""The tables of README and docs are what bench/results says."""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parents[2] / "bench" / "gpu.py"
-SPEC = importlib.util.spec_from_file_location("gpu_tables", PATH)
+PATH = Path(__file__).parents[2] / "bench" / "pages.py"
+SPEC = importlib.util.spec_from_file_location("pages", PATH)
 tables = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(tables)
 

@@ -13,7 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from fulmen.data import Tokenizer
 from fulmen.serve.api.errors import ApiError, failure, stopping
-from fulmen.serve.api.replies import PromptDetails, Usage
+from fulmen.serve.api.protocol import StreamOptions
+from fulmen.serve.api.replies import PromptDetails, Usage, dump_json
 from fulmen.serve.params import SamplingParams
 from fulmen.serve.types import Piece
 
@@ -28,6 +29,13 @@ class Answers(Protocol):
     def __aiter__(self) -> AsyncIterator[Piece]: ...
     async def __anext__(self) -> Piece: ...
     async def aclose(self) -> None: ...
+
+
+class Answering(Protocol):
+    """What makes replies of the pieces of a request's answers."""
+
+    async def whole(self, streams: "Streams") -> BaseModel: ...
+    def chunks(self, streams: "Streams") -> AsyncIterator[BaseModel]: ...
 
 
 class AnswersPrompts(Protocol):
@@ -146,9 +154,10 @@ class Streams:
 
 @dataclass
 class Used:
-    """Counts the tokens of a request."""
+    """Counts the tokens of a request, and tells them in the chunks of a stream as its client wishes."""
 
     prompts: Sequence[Sequence[int]]
+    options: StreamOptions | None = None
     _cached: dict[int, int] = field(init=False, default_factory=dict)
     _generated: dict[tuple[int, int], int] = field(init=False, default_factory=dict)
 
@@ -156,6 +165,19 @@ class Used:
         if piece.index == 0:
             self._cached[prompt] = piece.cached_tokens
         self._generated[prompt, piece.index] = piece.generated_tokens
+
+    @property
+    def told_at_end(self) -> bool:
+        """Whether the stream's last chunk has the count alone."""
+        return self.options is not None and self.options.include_usage
+
+    def tell(self, chunk: Any) -> Any:
+        """`chunk` with the count so far, with null as long as it will be told at the end, or as it is."""
+        if self.options is not None and self.options.continuous_usage_stats:
+            chunk.usage = self.usage()
+        elif self.told_at_end:
+            chunk.usage = None
+        return chunk
 
     def usage(self) -> Usage:
         """A prompt counts once, however many answers it has."""
@@ -166,6 +188,16 @@ class Used:
             total_tokens=prompt + generated,
             prompt_tokens_details=PromptDetails(cached_tokens=sum(self._cached.values())),
         )
+
+
+async def respond(request: Request, answering: Answering, streams: Streams, *, streamed: bool | None) -> Response:
+    """The answers as they are drawn, or whole once they are; in any case nothing runs on when it is over."""
+    if streamed:
+        return EventStream(answering.chunks(streams), streams.aclose)
+    try:
+        return dump_json(await unless_left(request, answering.whole(streams)))
+    finally:
+        await streams.aclose()
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:

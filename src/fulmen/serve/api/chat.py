@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from fulmen.data import encode_chat
-from fulmen.serve.api.answering import Api, EventStream, Streams, Used, unless_left
+from fulmen.serve.api.answering import Api, Streams, Used, respond
 from fulmen.serve.api.completions import STREAM
 from fulmen.serve.api.errors import ApiError, blaming
 from fulmen.serve.api.limits import JsonRoute
@@ -25,7 +25,6 @@ from fulmen.serve.api.replies import (
     ToolCallDelta,
     ToolCallReply,
     chat_logprobs,
-    dump_json,
     envelope,
     given_logprobs,
 )
@@ -47,13 +46,7 @@ def chat_routes(api: Api) -> APIRouter:
         messages = model_messages(body.messages, offered(body))
         prompt = await run_in_threadpool(encode_chat, api.tokenizer, messages)
         streams = await api.open([prompt], params, param="messages")
-        answering = _Answering(api, body, prompt)
-        if body.stream:
-            return EventStream(answering.chunks(streams), streams.aclose)
-        try:
-            return dump_json(await unless_left(request, answering.whole(streams)))
-        finally:
-            await streams.aclose()
+        return await respond(request, _Answering(api, body, prompt), streams, streamed=body.stream)
 
     return router
 
@@ -176,8 +169,7 @@ class _Answering:
     def __init__(self, api: Api, body: ChatRequest, prompt: list[int]):
         names = [tool.function.name for tool in offered(body)]
         self._answers = [_Answer(api, names, bool(body.logprobs)) for _ in range(body.n or 1)]
-        self._options = body.stream_options
-        self._used = Used([prompt])
+        self._used = Used([prompt], body.stream_options)
         self._api = api
 
     async def whole(self, streams: Streams) -> ChatCompletion:
@@ -204,18 +196,12 @@ class _Answering:
 
     async def chunks(self, streams: Streams) -> AsyncIterator[ChatChunk]:
         head = envelope("chatcmpl", "chat.completion.chunk", self._api.model_name)
-        options = self._options
-        always = options is not None and options.continuous_usage_stats
-        at_end = options is not None and options.include_usage
         begun: set[int] = set()
         async for _, piece in streams:
             self._used.add(0, piece)
             for choice in self._choices(piece, begun):
-                chunk = ChatChunk(**head, choices=[choice])
-                if always or at_end:
-                    chunk.usage = self._used.usage() if always else None
-                yield chunk
-        if at_end:
+                yield self._used.tell(ChatChunk(**head, choices=[choice]))
+        if self._used.told_at_end:
             yield ChatChunk(**head, choices=[], usage=self._used.usage())
 
     def _choices(self, piece: Piece, begun: set[int]) -> Iterator[ChatChunkChoice]:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from fulmen.data import Tokenizer
-from fulmen.serve.api.answering import Api, EventStream, Streams, Used, unless_left
+from fulmen.serve.api.answering import Api, Streams, Used, respond
 from fulmen.serve.api.errors import ApiError, blaming
 from fulmen.serve.api.limits import JsonRoute
 from fulmen.serve.api.protocol import DEFAULT_COMPLETION, MAX_ANSWERS_IN_ALL, CompletionRequest
@@ -16,7 +16,6 @@ from fulmen.serve.api.replies import (
     TextChoice,
     TextCompletion,
     TextLogprobs,
-    dump_json,
     envelope,
     given_logprobs,
     token_text,
@@ -39,13 +38,7 @@ def completion_routes(api: Api) -> APIRouter:
         params = _params(body)
         prompts = await run_in_threadpool(_encode, api.tokenizer, body.prompts)
         streams = await api.open(prompts, params, param="prompt")
-        answering = _Answering(api, body, prompts, params.n)
-        if body.stream:
-            return EventStream(answering.chunks(streams), streams.aclose)
-        try:
-            return dump_json(await unless_left(request, answering.whole(streams)))
-        finally:
-            await streams.aclose()
+        return await respond(request, _Answering(api, body, prompts, params.n), streams, streamed=body.stream)
 
     return router
 
@@ -78,8 +71,7 @@ class _Answering:
 
     def __init__(self, api: Api, body: CompletionRequest, prompts: list[list[int]], n: int):
         self._tokenizer, self._n = api.tokenizer, n
-        self._options = body.stream_options
-        self._used = Used(prompts)
+        self._used = Used(prompts, body.stream_options)
         self._head = envelope("cmpl", "text_completion", api.model_name)
         self._has_logprobs, self._has_top = body.logprobs is not None, bool(body.logprobs)
         self._offsets: dict[int, _Offset] = {}
@@ -98,15 +90,9 @@ class _Answering:
         return TextCompletion(**self._head, choices=in_order, usage=self._used.usage())
 
     async def chunks(self, streams: Streams) -> AsyncIterator[TextCompletion]:
-        options = self._options
-        always = options is not None and options.continuous_usage_stats
-        at_end = options is not None and options.include_usage
         async for prompt, piece in streams:
-            chunk = TextCompletion(**self._head, choices=[self._choice(prompt, piece)])
-            if always or at_end:
-                chunk.usage = self._used.usage() if always else None
-            yield chunk
-        if at_end:
+            yield self._used.tell(TextCompletion(**self._head, choices=[self._choice(prompt, piece)]))
+        if self._used.told_at_end:
             yield TextCompletion(**self._head, choices=[], usage=self._used.usage())
 
     def _choice(self, prompt: int, piece: Piece) -> TextChoice:

@@ -1,9 +1,9 @@
-"""The tables of docs/gpu.md and of README's GPU section, as bench/results has them.
+"""The tables of README, docs/gpu.md and docs/serve.md, as bench/results has them.
 
-    python bench/gpu.py                   writes both pages anew; nothing is measured
-    fulmen bench NAME --json FILE         measures; FILE goes to bench/results/NAME.json
+    python bench/pages.py                 writes the pages anew; nothing is measured
+    fulmen bench NAME --json FILE         measures; FILE goes to bench/results
 
-A table stands between `<!-- bench/gpu.py NAME -->` and `<!-- end -->`, NAME a function of this file.
+A table stands between `<!-- bench/pages.py NAME -->` and `<!-- end -->`, NAME a function of this file.
 """
 
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "gpu.md")
-SECTION = re.compile(r"(<!-- bench/gpu\.py (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "gpu.md", ROOT / "docs" / "serve.md")
+SECTION = re.compile(r"(<!-- bench/pages\.py (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def page(text: str) -> str:
@@ -140,7 +140,100 @@ def experts() -> str:
     return markdown(["tokens", "forward", "with backward", "forward, with SwiGLU", "TFLOP/s of the products"], rows)
 
 
-TABLES = {table.__name__: table for table in (machine, peers, flatness, model, training, memory, decode, experts)}
+def serving_machines() -> str:
+    """What `fulmen bench serve` ran on; one line."""
+    cpu, gpu = read("serve")["machine"], read("serve-gpu")["machine"]
+    return (
+        f"CPU: {cpu['cores']} cores of an {cpu['cpu'].split(' avx')[0]}, the quickstart model, float32, "
+        f"torch {cpu['torch'].split('+')[0]}, transformers {cpu['transformers']}. GPU: one {gpu['gpu']}, the 950 M "
+        f"model, bfloat16, torch {gpu['torch']}, transformers {gpu['transformers']}."
+    )
+
+
+def clients(name: str) -> str:
+    """Tokens a second and waiting times of an engine, beside transformers' continuous batching."""
+    rows = []
+    for row in read(name)["load"]:
+        waits = [
+            f"{row[f'{who}{what} p50']:.3g} / {row[f'{who}{what} p99']:.3g}"
+            for what in ("first token", "next token")
+            for who in ("", "transformers ")
+        ]
+        speeds = [f"{row['tokens/s']:,.0f}", f"{row['transformers tokens/s']:,.0f}", f"{row['ratio']:.1f}"]
+        rows.append([f"{row['clients']}", *speeds, *waits])
+    head = ["clients", "tokens/s", "transformers", "ratio", "first token, ms", "transformers", "next token, ms"]
+    return markdown([*head, "transformers"], rows)
+
+
+def clients_cpu() -> str:
+    return clients("serve")
+
+
+def clients_gpu() -> str:
+    return clients("serve-gpu")
+
+
+def prefix() -> str:
+    """32 requests with one system prompt of 2000 tokens, without and with the prefix cache."""
+    rows = [
+        [
+            where,
+            row["prefix cache"],
+            *(f"{row[f'first token {part}']:,.0f}" for part in ("p50", "p99")),
+            f"{row['tokens/s']:,.0f}",
+            f"{row['hit rate']:.1%}",
+        ]
+        for where, name in (("CPU", "serve"), ("GPU", "serve-gpu"))
+        for row in read(name)["prefix"]
+    ]
+    return markdown(["", "prefix cache", "first token p50, ms", "p99, ms", "tokens/s", "hit rate"], rows)
+
+
+def engine() -> str:
+    """Steps of the engine alone."""
+    rows = []
+    for name in ("serve", "serve-gpu"):
+        for row in read(name)["engine"]:
+            prompt, speed = next((key, row[key]) for key in row if key.startswith("prompt of"))
+            weights = f"{row['weights, GB']:.3g}" if "weights, GB" in row else ""
+            times = [f"{row[f'step of {batch}, ms']:.3g}" for batch in (1, 32)]
+            tokens = prompt.removeprefix("prompt of ").removesuffix(", tokens/s")
+            rows.append(["GPU" if "gpu" in name else "CPU", row["model"], weights, *times, f"{speed:,.0f} ({tokens})"])
+    head = ["", "model", "weights, GB", "a step of 1, ms", "of 32, ms", "prompt, tokens/s (its tokens)"]
+    return markdown(head, rows)
+
+
+def int8() -> str:
+    """Weights of the quickstart model in three types."""
+    rows = [
+        [row["dtype"], f"{row['MB']:.1f}", f"{row['bits per byte']:.4f}"]
+        + [f"{row[key]:.3g}" for key in ("decoding 1, ms", "decoding 16, ms", "prompt of 512, ms")]
+        for row in read("int8")["int8"]
+    ]
+    return markdown(["weights", "MB", "bits per byte", "a step of 1, ms", "of 16, ms", "prompt of 512, ms"], rows)
+
+
+def load() -> str:
+    """What `python bench/load.py` saw."""
+    results = read("load")
+    asked, memory_ = results["requests"], results["resident memory"]
+    held = sum(results["held at the end"].values())
+    stop = results["SIGTERM"]
+    return (
+        f"The last run: {results['clients']} clients, {results['seconds']:.0f} seconds, {asked['finished']} answers "
+        f"finished, {asked['left']} left by their client, {asked['refused']} refused with 429, "
+        f"{asked['incomplete'] + asked['broken off'] + asked['failed'] + asked['hung']} incomplete, failed or hung; "
+        f"{held:.0f} pages, slots or requests held at the end; resident memory {memory_['half MB']:.0f} MB half-way and "
+        f"{memory_['end MB']:.0f} MB at the end; at SIGTERM {stop['finished']} streams ended whole and "
+        f"{stop['broken off'] + stop['incomplete']} did not."
+    )
+
+
+TABLES = {
+    table.__name__: table
+    for table in (machine, peers, flatness, model, training, memory, decode, experts)
+    + (serving_machines, clients_cpu, clients_gpu, prefix, engine, int8, load)
+}
 
 
 if __name__ == "__main__":

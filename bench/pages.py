@@ -25,6 +25,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
+def short(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def read(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
@@ -155,7 +160,7 @@ def clients(name: str) -> str:
     rows = []
     for row in read(name)["load"]:
         waits = [
-            f"{row[f'{who}{what} p50']:.3g} / {row[f'{who}{what} p99']:.3g}"
+            f"{short(row[f'{who}{what} p50'])} / {short(row[f'{who}{what} p99'])}"
             for what in ("first token", "next token")
             for who in ("", "transformers ")
         ]
@@ -216,24 +221,24 @@ def int8() -> str:
 def load() -> str:
     """What `python bench/load.py` saw."""
     results = read("load")
-    asked, memory_ = results["requests"], results["resident memory"]
-    held = sum(results["held at the end"].values())
-    stop = results["SIGTERM"]
-    return (
-        f"The last run: {results['clients']} clients, {results['seconds']:.0f} seconds, {asked['finished']} answers "
-        f"finished, {asked['left']} left by their client, {asked['refused']} refused with 429, "
-        f"{asked['incomplete'] + asked['broken off'] + asked['failed'] + asked['hung']} incomplete, failed or hung; "
-        f"{held:.0f} pages, slots or requests held at the end; resident memory {memory_['half MB']:.0f} MB half-way and "
-        f"{memory_['end MB']:.0f} MB at the end; at SIGTERM {stop['finished']} streams ended whole and "
-        f"{stop['broken off'] + stop['incomplete']} did not."
-    )
+    asked, resident, stop = results["requests"], results["resident memory"], results["SIGTERM"]
+    wrong = sum(asked[name] for name in ("incomplete", "broken off", "failed", "hung"))
+    rows = [
+        ["clients, seconds", f"{results['clients']}, {results['seconds']:.0f}"],
+        ["answers finished", f"{asked['finished']}"],
+        ["left by their client in the midst", f"{asked['left']}"],
+        ["refused with 429, the queue being full", f"{asked['refused']}"],
+        ["incomplete, failed or hung", f"{wrong}"],
+        ["pages, slots and requests held at the end", f"{sum(results['held at the end'].values()):.0f}"],
+        ["resident memory, half-way and at the end", f"{resident['half MB']:.0f} and {resident['end MB']:.0f} MB"],
+        ["streams at SIGTERM that ended whole", f"{stop['finished']} of {sum(list(stop.values())[:3])}"],
+    ]
+    return markdown(["", ""], rows)
 
 
-TABLES = {
-    table.__name__: table
-    for table in (machine, peers, flatness, model, training, memory, decode, experts)
-    + (serving_machines, clients_cpu, clients_gpu, prefix, engine, int8, load)
-}
+GPU = (machine, peers, flatness, model, training, memory, decode, experts)
+SERVING = (serving_machines, clients_cpu, clients_gpu, prefix, engine, int8, load)
+TABLES = {table.__name__: table for table in (*GPU, *SERVING)}
 
 
 if __name__ == "__main__":

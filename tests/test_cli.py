@@ -283,7 +283,7 @@ class TestTrain:
         def interrupt(*arguments):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("fulmen.train.run.Tokenizer.train", interrupt)
+        monkeypatch.setattr("fulmen.train.models.Tokenizer.train", interrupt)
         code, _, err = fulmen("train", "recipe.toml", "--dir", "run")
         assert (code, err) == (130, "fulmen: interrupted\n")
         assert not (folder / "run").exists()
@@ -293,7 +293,7 @@ class TestTrain:
         code, out, err = fulmen("train", "recipe.toml", "--dir", "run", *overrides(settings))
         assert code == 1
         assert re.fullmatch(
-            r"fulmen: error: training diverged at step 2: loss \S+, balance loss \S+, gradient norm \S+, learning rate "
+            r"fulmen: error: training diverged at step 2: loss \S+, balance \S+, gradient norm \S+, learning rate "
             r"1e\+30.*; the last good snapshot is run/snapshots/step-00000001; a run with a lower .*\n",
             err,
         ), err

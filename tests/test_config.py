@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulmen import config
-from fulmen.config import UserError, dump_recipe, find_recipe, load_recipe
+from fulmen.config import UserError, dump_recipe, find_recipe, load_recipe, recipe_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,15 @@ def test_section_without_default_is_built_from_its_own_defaults(write):
 )
 def test_overrides(write, override, expected):
     assert load_recipe(write("steps = 1"), Recipe, [override]) == Recipe(**{"steps": 1} | expected)
+
+
+def test_one_key_is_read_without_a_schema(write):
+    path = write('name = "a"\nunknown = 3\n')
+    assert recipe_key(path, "name") == "a"
+    assert recipe_key(path, "name", ["name=b", "steps=2"]) == "b"
+    assert recipe_key(path, "steps", default=7) == 7
+    with pytest.raises(UserError, match="does not exist"):
+        recipe_key(path.with_name("missing.toml"), "name")
 
 
 def test_later_overrides_win(write):

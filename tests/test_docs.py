@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fulmen.cli import _parser
+from fulmen.cli.tasks import load_task
 from fulmen.config import find_recipe, load_recipe
 from fulmen.marl.recipe import MarlRecipe
-from fulmen.train import TrainRecipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -54,8 +54,11 @@ def test_command_is_accepted(words):
     recipe = "quickstart" if words[0] == "quickstart" else getattr(arguments, "recipe", None)
     # Files such as mine.toml are the reader's own.
     if recipe is not None and (not recipe.endswith(".toml") or recipe.startswith("recipes/")):
-        schema = MarlRecipe if words[0] == "marl" else TrainRecipe
-        load_recipe(ROOT / recipe if recipe.startswith("recipes/") else find_recipe(recipe), schema, arguments.set)
+        path = ROOT / recipe if recipe.startswith("recipes/") else find_recipe(recipe)
+        if words[0] == "marl":
+            load_recipe(path, MarlRecipe, arguments.set)
+        else:
+            load_task(path, arguments.set)
 
 
 @pytest.mark.parametrize("words", cases("make"))

@@ -91,6 +91,14 @@ def load_recipe(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
         raise UserError(f"{path}: {error}") from None
 
 
+def recipe_key(path: str | Path, name: str, overrides: Sequence[str] = (), *, default: Any = None) -> Any:
+    """The value of one top-level key of a recipe, by which its schema may be chosen; nothing else of it is checked."""
+    table = _read_toml(find_recipe(path))
+    for override in overrides:
+        _set_key(table, *parse_override(override))
+    return table.get(name, default)
+
+
 def change_recipe(recipe: T, changes: Mapping[str, Any]) -> T:
     """A copy of a recipe with other values under keys such as `train.steps`, checked as `load_recipe` checks them."""
     table = copy.deepcopy(_as_plain(recipe))

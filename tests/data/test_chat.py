@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 
 from fulmen.config import UserError
-from fulmen.data.chat import HEADERS, encode_chat, render_chat
+from fulmen.data.chat import HEADERS, encode_chat, expand_images, images_of, render_chat
 from fulmen.data.tokenizer import BOS, EOS, Tokenizer
 
 CONVERSATION = [
@@ -114,3 +114,44 @@ def test_a_tokenizer_without_the_tokens_cannot_chat(tokenizer):
 def test_the_exported_template_refuses_what_it_cannot_render(theirs, messages, arguments, message):
     with pytest.raises(TemplateError, match=message):
         theirs.apply_chat_template(messages, tokenize=False, **arguments)
+
+
+def test_images_in_the_order_of_their_ids():
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "and"}, {"type": "image", "image": b"b"}]
+    messages = [
+        {"role": "system", "content": "no <image> here"},
+        {"role": "user", "content": parts},
+        {"role": "user", "content": ({"type": "image", "image": lambda: "drawn"},)},
+    ]
+    assert images_of(messages) == ["a.png", b"b", "drawn"]
+
+
+@pytest.mark.parametrize("part", [{"type": "image"}, {"type": "image", "image": None}])
+def test_a_part_without_its_image(part):
+    with pytest.raises(UserError, match="message 2 has an image part without an image: give it one as 'image'"):
+        images_of([CONVERSATION[0], {"role": "user", "content": [part]}])
+
+
+def test_images_of_faulty_messages():
+    with pytest.raises(UserError, match="message 1 has the content None"):
+        images_of([{"role": "user"}])
+
+
+@given(counts=st.lists(st.integers(1, 5), max_size=4), texts=st.lists(st.integers(0, 3), min_size=5, max_size=5))
+def test_images_take_the_places_of_their_ids(counts, texts):
+    image = 9
+    ids = [0] * texts[0]
+    for count, text in zip(counts, texts[1:], strict=False):
+        ids += [image] + [count] * text
+    expanded, starts = expand_images(ids, image, counts)
+    assert len(expanded) == len(ids) + sum(counts) - len(counts)
+    assert [token for token in expanded if token != image] == [token for token in ids if token != image]
+    assert len(starts) == len(counts)
+    taken = [place for start, count in zip(starts, counts, strict=True) for place in range(start, start + count)]
+    assert taken == [place for place, token in enumerate(expanded) if token == image]
+
+
+@pytest.mark.parametrize(("ids", "counts"), [([1, 9, 9], [4]), ([1], [4]), ([9], [])])
+def test_images_and_their_places_must_agree(ids, counts):
+    with pytest.raises(UserError, match=rf"has {ids.count(9)} places for an image and {len(counts)} images"):
+        expand_images(ids, 9, counts)

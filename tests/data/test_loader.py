@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fulmen.config import UserError
 from fulmen.data.chat import encode_chat
 from fulmen.data.documents import Document
-from fulmen.data.loader import PackedLoader, corpus_fingerprint, encode_document, held_out_batches
+from fulmen.data.encoding import encode_document
+from fulmen.data.images import ImageProcessor
+from fulmen.data.loader import PackedLoader, corpus_fingerprint, held_out_batches
 from fulmen.data.tokenizer import BOS, EOS, Tokenizer
 
 CHAT = ({"role": "user", "content": f"add{EOS}"}, {"role": "assistant", "content": "def add"})
@@ -57,11 +61,11 @@ def documents_in(batches, tokenizer):
 
 def test_a_document_is_bos_text_eos(tokenizer):
     expected = [tokenizer.bos_id, *tokenizer.encode("x = 1"), tokenizer.eos_id]
-    assert encode_document(tokenizer, Document("x = 1", "a")) == expected
+    assert encode_document(tokenizer, Document("x = 1", "a")).ids.tolist() == expected
 
 
 def test_a_conversation_has_special_marks_from_the_first_bos_to_the_last_eos(tokenizer):
-    ids = encode_document(tokenizer, DOCUMENTS[-1])
+    ids = encode_document(tokenizer, DOCUMENTS[-1]).ids.tolist()
     assert ids == encode_chat(tokenizer, CHAT, generate=False)[: len(ids)]
     assert (ids[0], ids[-1], ids.count(tokenizer.eos_id)) == (tokenizer.bos_id, tokenizer.eos_id, 2)
 
@@ -77,7 +81,7 @@ def test_each_document_exactly_once_per_epoch(tokenizer, texts, sizes, sequence_
         documents, tokenizer, batch_tokens=1, sequence_length=sequence_length, seed=seed, epochs=2, interleave=1
     )
     found = documents_in(rest_of(loader, sizes), tokenizer)
-    expected = sorted(encode_document(tokenizer, document) for document in documents)
+    expected = sorted(encode_document(tokenizer, document).ids.tolist() for document in documents)
     assert sorted(found[: len(texts)]) == expected
     assert sorted(found[len(texts) :]) == expected
 
@@ -89,7 +93,7 @@ def test_rows_have_exactly_the_size_asked_for(tokenizer):
 
 
 def test_epochs_end_or_go_on_for_ever(tokenizer):
-    one_epoch = sum(len(encode_document(tokenizer, document)) - 1 for document in DOCUMENTS)
+    one_epoch = sum(len(encode_document(tokenizer, document)) for document in DOCUMENTS)
     for epochs in (1, 3):
         loader = loader_of(tokenizer, epochs=epochs)
         batches = rest_of(loader)
@@ -135,7 +139,7 @@ def test_only_documents_being_read_are_kept(tokenizer):
     loader = loader_of(tokenizer, interleave=3)
     for _ in range(50):
         loader.next_batch()
-        assert len(loader._open_ids) <= 3
+        assert len(loader._open) <= 3
 
 
 def test_loading_a_state_goes_back_within_one_loader_too(tokenizer):
@@ -235,7 +239,9 @@ def test_the_held_out_pass_takes_everything_if_there_is_room(tokenizer):
     batches = held_out_batches(DOCUMENTS, tokenizer, batch_tokens=50, sequence_length=16, max_tokens=10**6)
     assert all(batch.tokens.shape == (1, 50) for batch in batches[:-1])
     predicted = torch.cat([batch.targets[0] for batch in batches]).sort().values.tolist()
-    assert predicted == sorted(i for document in DOCUMENTS for i in encode_document(tokenizer, document)[1:])
+    assert predicted == sorted(
+        i for document in DOCUMENTS for i in encode_document(tokenizer, document).ids[1:].tolist()
+    )
     assert all((batch.cu_seqlens.diff() <= 16).all() for batch in batches)
 
 
@@ -274,3 +280,122 @@ def test_held_out_sizes_below_one(tokenizer, name):
         held_out_batches(DOCUMENTS, tokenizer, **sizes)
     with pytest.raises(UserError, match="no documents"):
         held_out_batches([], tokenizer, batch_tokens=8, sequence_length=8, max_tokens=8)
+
+
+PROCESSOR = ImageProcessor(crop_size=28, patch_size=14)
+
+
+def picture(number):
+    return Image.new("RGB", (20 + 9 * number, 30), (10 * number, 0, 0))
+
+
+def shown(number):
+    parts = [{"type": "image", "image": lambda: picture(number)}, {"type": "text", "text": "Which?"}]
+    return Document(f"<image>{number}", f"pictures#{number}", ({"role": "user", "content": parts}, *CHAT[1:]))
+
+
+PICTURES = [*map(shown, range(6)), *DOCUMENTS[:6]]
+
+
+def described(batches):
+    """All of a batch that can be compared."""
+    return [
+        (
+            *(tensor.tolist() for tensor in (batch.tokens, batch.targets, batch.cu_seqlens)),
+            [(placed.image.digest, placed.start, placed.first, placed.count) for placed in batch.images],
+        )
+        for batch in batches
+    ]
+
+
+def test_processes_that_read_ahead_change_nothing(tokenizer):
+    changes = {"documents": PICTURES, "images": PROCESSOR, "texts": DOCUMENTS[10:], "text_every": 3, "epochs": 2}
+    here, there = (loader_of(tokenizer, workers=workers, **changes) for workers in (0, 2))
+    batches = rest_of(here)
+    assert described(rest_of(there)) == described(batches)
+    first = loader_of(tokenizer, **changes)
+    for _ in range(3):
+        first.next_batch()
+    resumed = loader_of(tokenizer, workers=1, **changes)
+    resumed.next_batch()
+    resumed.load_state_dict(first.state_dict())
+    assert described(rest_of(resumed)) == described(batches[3:])
+
+
+@pytest.mark.parametrize("interleave", [1, 5])
+def test_resuming_with_images_and_texts_gives_the_same_batches(tokenizer, interleave):
+    changes = {"images": PROCESSOR, "counted": "answers", "texts": DOCUMENTS[10:], "text_every": 3}
+    changes |= {"documents": PICTURES, "epochs": 2, "interleave": interleave, "sequence_length": 23}
+    loader = loader_of(tokenizer, **changes)
+    states, batches = [json.dumps(loader.state_dict())], []
+    while (batch := loader.next_batch(31)) is not None:
+        batches.append(batch)
+        states.append(json.dumps(loader.state_dict()))
+    assert any(placed.first for batch in batches for placed in batch.images)
+    for turn, state in enumerate(states[:-1]):
+        resumed = loader_of(tokenizer, **changes)
+        resumed.load_state_dict(json.loads(state))
+        assert described(rest_of(resumed, [31])) == described(batches[turn:])
+
+
+def test_images_are_read_when_their_turn_comes(tokenizer):
+    read = []
+    parts = lambda number: [{"type": "image", "image": lambda: read.append(number) or picture(number)}]  # noqa: E731
+    documents = [Document("", f"{n}", ({"role": "user", "content": parts(n)},)) for n in range(50)]
+    loader = loader_of(tokenizer, documents=documents, images=PROCESSOR, interleave=2)
+    assert read == []
+    loader.next_batch(8)
+    assert 0 < len(read) <= 2
+
+
+def test_an_image_without_a_processor_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"^pictures#\d: it has an image, and the model sees none"):
+        rest_of(loader_of(tokenizer, documents=PICTURES, epochs=1))
+
+
+def test_a_text_is_one_sample_and_another_one_the_next_time(tokenizer):
+    text = Document(" ".join(map(str, range(100))), "long")
+    whole = encode_document(tokenizer, text).ids
+    loader = loader_of(tokenizer, documents=DOCUMENTS[:1], texts=[text], text_every=1, epochs=60, interleave=1)
+    (batch,) = rest_of(loader, [10**6])
+    borders = batch.cu_seqlens.tolist()
+    samples = [(batch.tokens[0, a:b], batch.targets[0, a:b]) for a, b in pairwise(borders)][::2]
+    assert len(samples) == 60
+    starts = range(0, len(whole) - 1, 16)
+    for turn, (tokens, targets) in enumerate(samples):
+        start = starts[turn % len(starts)]
+        assert torch.equal(tokens, whole[start : start + len(tokens)])
+        assert torch.equal(targets, whole[start + 1 : start + 1 + len(tokens)])
+
+
+def test_a_state_of_other_settings_is_refused_and_an_old_one_of_text_is_not(tokenizer):
+    state = loader_of(tokenizer).state_dict()
+    assert state["identity"].keys() == {"documents", "corpus", "tokenizer", "seed", "sequence_length", "interleave"}
+    changes = {"images": PROCESSOR, "counted": "answers", "texts": DOCUMENTS[:2], "text_every": 5}
+    for key, other in (
+        ("images", ImageProcessor(crop_size=28, patch_size=14, dynamic=False)),
+        ("counted", "all"),
+        ("texts", DOCUMENTS[:3]),
+        ("text_every", 6),
+    ):
+        with pytest.raises(UserError, match=f"the data is not that of the snapshot: {key} was"):
+            loader_of(tokenizer, **changes | {key: other}).load_state_dict(loader_of(tokenizer, **changes).state_dict())
+    with pytest.raises(UserError, match="images was None and is"):
+        loader_of(tokenizer, **changes).load_state_dict(state)
+    with pytest.raises(UserError, match="text_every = 0 is too small"):
+        loader_of(tokenizer, text_every=0)
+
+
+def test_the_held_out_pass_has_images_and_counts_answers(tokenizer):
+    batches = held_out_batches(
+        PICTURES, tokenizer, batch_tokens=50, sequence_length=30, max_tokens=10**6, images=PROCESSOR, counted="answers"
+    )
+    assert {placed.image.digest for batch in batches for placed in batch.images} == {
+        PROCESSOR.process(picture(number)).digest for number in range(6)
+    }
+    for batch in batches:
+        places = [p for placed in batch.images for p in range(placed.start, placed.start + placed.count)]
+        assert (batch.tokens[0] == tokenizer.image_id).nonzero().flatten().tolist() == places
+    counted = sum((batch.targets >= 0).sum().item() for batch in batches)
+    answer = len(tokenizer.encode("def add")) + 1
+    assert counted == 6 * answer + sum(len(encode_document(tokenizer, document)) for document in DOCUMENTS[:6])

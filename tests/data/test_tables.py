@@ -1,5 +1,6 @@
 """JSONL and Parquet through `datasets`: what is read, lazily, without network or noise, and what is refused."""
 
+import io
 import json
 import os
 import socket
@@ -8,9 +9,12 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from fulmen.config import UserError
+from fulmen.data.chat import images_of
 from fulmen.data.documents import Document
+from fulmen.data.image_files import open_image
 from fulmen.data.sources import read_documents
 
 
@@ -30,6 +34,21 @@ def write_jsonl(path, rows):
 def write_parquet(path, **columns):
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     return path
+
+
+def png(colour="red"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def asked(*parts):
+    """A question as `messages`; None is an image part without an image."""
+    made = [
+        {"type": "text", "text": part[1:]} if part and part[0] == "=" else {"type": "image", "image": part}
+        for part in parts
+    ]
+    return [{"role": "user", "content": made}, {"role": "assistant", "content": "yes"}]
 
 
 def test_rows_become_documents_and_blank_ones_none(tmp_path, read):
@@ -60,10 +79,88 @@ def test_messages_are_rendered_and_kept(tmp_path, read):
     assert [message["content"] for message in documents[0].messages] == ["hi", "hello"]
 
 
-def test_typed_parts_come_through(tmp_path, read):
-    parts = [{"type": "text", "text": "what is "}, {"type": "image"}]
-    documents = read(write_jsonl(tmp_path / "c.jsonl", [{"messages": [{"role": "user", "content": parts}]}]))
-    assert documents[0].text == "<beginning_of_sentence>user name=user\nwhat is <image><end_of_sentence>\n"
+def test_images_of_conversations_lie_beside_their_table(tmp_path, read):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for name in ("in/a.png", "in/deep/b.png", "c.png"):
+        (tmp_path / name).write_bytes(png())
+    rows = [
+        {"messages": asked("a.png", "=like", "deep/b.png")},
+        {"messages": asked(str(tmp_path / "c.png"), "../c.png")},
+        {"messages": [{"role": "user", "content": "no image"}]},
+    ]
+    documents = read(write_jsonl(tmp_path / "in" / "chat.jsonl", rows))
+    assert documents[0].text.startswith("<beginning_of_sentence>user name=user\n<image>like<image><end_of")
+    sources = [images_of(document.messages) for document in documents]
+    assert sources[0] == [str(tmp_path / "in/a.png"), str(tmp_path / "in/deep/b.png")]
+    assert [len(images) for images in sources] == [2, 2, 0]
+    assert all(open_image(source).size == (3, 2) for images in sources for source in images)
+
+
+def test_a_column_of_images_fills_the_parts_without_one(tmp_path, read):
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"messages": asked(None, "=and", "b.png", None), "images": ["a.png", {"path": "c.png"}]}]
+    (document,) = read(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert images_of(document.messages) == [str(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "structs", "structs that datasets knows"])
+def test_bytes_of_images_in_parquet(tmp_path, read, kind):
+    image = {"bytes": png(), "path": "not/there.png"} if "structs" in kind else png()
+    messages = [asked("=which", None)[0]]
+    path = write_parquet(tmp_path / "a.parquet", messages=[messages, messages], images=[[image], [image]])
+    if "knows" in kind:
+        table = pyarrow.parquet.read_table(path)
+        features = datasets.Dataset(table).features | {"images": datasets.List(datasets.Image())}
+        schema = datasets.Features(features).arrow_schema
+        pyarrow.parquet.write_table(table.replace_schema_metadata(schema.metadata), path)
+    document = read(path)[1]
+    assert images_of(document.messages) == [png()]
+    assert document.text == "<beginning_of_sentence>user name=user\nwhich<image><end_of_sentence>\n"
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes", "structs"])
+def test_captioned_pictures(tmp_path, read, kind):
+    (tmp_path / "a.png").write_bytes(png())
+    if kind == "paths":
+        path = write_jsonl(
+            tmp_path / "a.jsonl", [{"image": "a.png", "caption": "Red."}, {"image": "b", "caption": " "}]
+        )
+    else:
+        image = png() if kind == "bytes" else {"bytes": png(), "path": None}
+        path = write_parquet(tmp_path / "a.parquet", image=[image, image], caption=["Red.", ""])
+    (document,) = read(path)
+    assert document.origin == f"{path.name}#1"
+    assert document.text == (
+        "<beginning_of_sentence>user name=user\n<image>Describe the picture.<end_of_sentence>\n"
+        "<beginning_of_sentence>ai name=assistant\nRed.<end_of_sentence>\n"
+    )
+    assert [open_image(source).size for source in images_of(document.messages)] == [(3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": asked(None)}, r"a\.jsonl#1 has an image that is None: give a path or the bytes of a file"),
+        ({"messages": asked("")}, r"a\.jsonl#1 has an image that is ''"),
+        ({"messages": asked("http://host/a.png")}, r"#1 has an image at http://host/a\.png: no address is fetched"),
+        ({"messages": asked("file:///a.png")}, r"#1 has an image at file:///a\.png: no address is fetched"),
+        ({"messages": asked("a", None), "images": []}, r"a\.jsonl#1 has an image that is None"),
+        ({"messages": asked("a"), "images": ["b", "c"]}, r"#1: 2 of the 'images' belong to no image part"),
+        ({"messages": asked(None), "images": [3]}, r"a\.jsonl#1 has an image that is 3"),
+    ],
+)
+def test_faulty_images_name_their_row(tmp_path, read, row, message):
+    documents = read(write_jsonl(tmp_path / "a.jsonl", [row]))
+    with pytest.raises(UserError, match=message):
+        documents[0]
+
+
+def test_a_picture_without_a_caption_and_a_caption_without_a_picture(tmp_path, read):
+    rows = [{"image": "a.png", "caption": "a"}, {"image": "b.png"}]
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2 has no field 'caption': its fields are image"):
+        read(write_jsonl(tmp_path / "a.jsonl", rows))
+    with pytest.raises(UserError, match=r"b\.parquet, row 2 has no field 'image': its fields are caption"):
+        read(write_parquet(tmp_path / "b.parquet", image=[b"a", None], caption=["a", "b"]))
 
 
 def test_a_changed_file_is_read_again(tmp_path, read):

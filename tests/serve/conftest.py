@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fulmen.checkpoint import make_tiny
 from fulmen.data import Tokenizer
 from fulmen.model import LanguageModel, ModelConfig
 from fulmen.serve import Engine, EngineSettings
@@ -47,6 +48,20 @@ def new_engine(model, tokenizer):
         return Engine(model, tokenizer, asked, eos_ids=eos_ids, plan=plan)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def seeing_checkpoint(tmp_path_factory):
+    """Of a vision-language model; tests only read it."""
+    folder = tmp_path_factory.mktemp("seeing") / "tiny-vl"
+    make_tiny(folder, vision=True)
+    return folder
+
+
+@pytest.fixture
+def seeing_engine(seeing_checkpoint):
+    """Of that model. What it says is chance, but the same each time; answers end by chance too."""
+    return Engine.load(seeing_checkpoint, EngineSettings(max_sequences=4, max_context=2048, memory=200_000_000))
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """A conversation goes on where it was, says what a cold start would, and survives being left."""
 
 import pytest
+from PIL import Image
 
 from fulmen.config import UserError
 from fulmen.data import encode_chat
-from fulmen.serve import Conversation, SamplingParams
+from fulmen.serve import Conversation, Engine, EngineSettings, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -58,20 +59,20 @@ def test_the_ids_are_those_of_the_chat(speaker, tokenizer):
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "keys and values"},
     ]
-    assert conversation._ids == encode_chat(tokenizer, conversation.messages, generate=False)
+    assert conversation._said.tokens == encode_chat(tokenizer, conversation.messages, generate=False)
 
 
 def test_after_a_stop_string_the_history_is_what_was_given_out(speaker, tokenizer):
     conversation = Conversation(speaker([*spoken(tokenizer, b"ab!c"), 7]))
     assert reply(conversation, "Hello", temperature=0, stop=("!",)) == "ab"
-    assert conversation._ids == encode_chat(tokenizer, conversation.messages, generate=False)
+    assert conversation._said.tokens == encode_chat(tokenizer, conversation.messages, generate=False)
 
 
 def test_an_answer_that_ends_at_once_is_a_turn(speaker, tokenizer):
     conversation = Conversation(speaker([tokenizer.eos_id]))
     assert reply(conversation, "Hello", temperature=0) == ""
     assert [message["content"] for message in conversation.messages] == ["Hello", ""]
-    assert conversation._ids == encode_chat(tokenizer, conversation.messages, generate=False)
+    assert conversation._said.tokens == encode_chat(tokenizer, conversation.messages, generate=False)
 
 
 def test_an_answer_that_is_left_is_kept_as_far_as_it_came(engine, new_engine):
@@ -82,7 +83,7 @@ def test_an_answer_that_is_left_is_kept_as_far_as_it_came(engine, new_engine):
     assert not engine.has_work
     assert conversation.messages[-1] == {"role": "assistant", "content": said}
     cold = Conversation(new_engine(prefix_cache=False))
-    cold._ids = list(conversation._ids)
+    cold._said = conversation._said
     assert reply(conversation, "go on", temperature=0) == reply(cold, "go on", temperature=0)
 
 
@@ -100,7 +101,7 @@ def test_an_interruption_inside_the_model_spoils_nothing(engine, new_engine, mon
         with pytest.raises(KeyboardInterrupt):
             list(pieces)
     cold = Conversation(new_engine(prefix_cache=False))
-    cold._ids = list(conversation._ids)
+    cold._said = conversation._said
     assert reply(conversation, "go on", temperature=0) == reply(cold, "go on", temperature=0)
 
 
@@ -112,3 +113,61 @@ def test_a_conversation_that_is_too_long_is_refused_and_can_go_on(engine):
         conversation.reply("x" * 500, GREEDY)
     assert conversation.messages == before
     assert len(reply(conversation, "again", temperature=0)) > 0
+
+
+def picture(colour):
+    return Image.new("RGB", (120, 90), colour)
+
+
+def test_images_are_shown_and_remembered(seeing_engine, monkeypatch):
+    """A turn with an image costs its own tokens, and so does the next one without."""
+    computed, real = [], seeing_engine.model.hidden
+    monkeypatch.setattr(
+        seeing_engine.model,
+        "hidden",
+        lambda tokens, **options: computed.append(tokens.shape[1]) or real(tokens, **options),
+    )
+    encode = seeing_engine.encode_chat
+    settings = {"temperature": 0, "ignore_eos": True}
+    conversation = Conversation(seeing_engine)
+    params = SamplingParams(max_tokens=12, **settings)
+    list(conversation.reply("Which?", params, [picture("red"), picture("blue")]))
+    for question in ("And now?", "And then?"):
+        computed.clear()
+        list(conversation.reply(question, params))
+        line = seeing_engine.tokenizer.encode("\n")
+        assert sum(computed) - 11 == 1 + 1 + len(line) + len(encode([{"role": "user", "content": question}]))
+    assert [part["type"] for part in conversation.messages[0]["content"]] == ["image", "image", "text"]
+    assert len(conversation._said.images) == 2
+
+
+def test_an_image_counts_in_the_history(seeing_checkpoint):
+    """With the same words another image is another history, and the same image gets the answer of a cold start."""
+
+    def said(colour, **settings):
+        settings = EngineSettings(max_sequences=1, max_context=2048, memory=200_000_000, **settings)
+        conversation = Conversation(Engine.load(seeing_checkpoint, settings))
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        for text, images in (("Hello", ()), ("Which?", [picture(colour)]), ("Sure?", ())):
+            list(conversation.reply(text, params, images))
+        return conversation._said
+
+    warm, cold, other = said("red"), said("red", prefix_cache=False), said("blue")
+    assert warm.tokens == cold.tokens
+    assert warm.keys() == cold.keys() != other.keys()
+    (placed,) = warm.images
+    image_id = warm.tokens[placed.start]
+    assert warm.tokens.count(image_id) == placed.count
+    assert set(warm.tokens[placed.start : placed.start + placed.count]) == {image_id}
+
+
+def test_an_image_that_cannot_be_shown_is_refused_and_the_chat_can_go_on(engine, seeing_engine):
+    for refusing, image, message in (
+        (engine, picture("red"), "takes no images"),
+        (seeing_engine, b"no", "not a picture"),
+    ):
+        conversation = Conversation(refusing)
+        with pytest.raises(UserError, match=message):
+            conversation.reply("Which?", GREEDY, [image])
+        assert conversation.messages == []
+        assert reply(conversation, "Hello", temperature=0, ignore_eos=True)

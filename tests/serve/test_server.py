@@ -166,3 +166,22 @@ def test_who_does_not_read_does_not_keep_the_server(engine, monkeypatch, capsys)
         asker.join()
     assert not engine.has_work
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_images_are_taken_as_it_is_told(request, monkeypatch, sees):
+    """A model without eyes takes none, whatever it is told."""
+    engine = request.getfixturevalue("seeing_engine" if sees else "engine")
+    made = []
+
+    def create_app(_, **settings):
+        made.append(settings["images"])
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(server, "create_app", create_app)
+    with pytest.raises(RuntimeError, match="enough"):
+        asyncio.run(server.serve(engine, None, model_name="tiny", max_images=3, allow_image_urls=True))
+    (images,) = made
+    assert (images is not None) == sees
+    if sees:
+        assert (images.max_images, images._allow_urls, images.image_token) == (3, True, engine.image_token)

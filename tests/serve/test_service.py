@@ -5,9 +5,13 @@ import random
 import re
 
 import pytest
+import torch
 
 from fulmen.config import UserError
+from fulmen.data import PlacedImage, ProcessedImage
 from fulmen.serve import Completion, SamplingParams
+from fulmen.serve import service as module
+from fulmen.serve.prompt import Prompt
 from fulmen.serve.service import Service
 from fulmen.serve.types import QueueFull
 
@@ -101,6 +105,26 @@ def test_a_full_queue_says_when_to_come_back(new_engine):
             return await whole(service.stream([5], SHORT))
 
     assert len(asyncio.run(run())[0].tokens) == 5
+
+
+def test_images_together_are_bounded(engine, monkeypatch):
+    """By the bytes of their pixels; text is taken all the same, and so is any request that is alone with its images."""
+    monkeypatch.setattr(module, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(engine, "check", lambda *_: 5)  # the model here has no eyes
+
+    def shown(size):
+        image = ProcessedImage(torch.zeros(size, dtype=torch.uint8), None, bytes(16))
+        return Prompt([5], (PlacedImage(image, 0, 0, 1),))
+
+    async def run():
+        async with Service(engine) as service:
+            asked = [service.stream(prompt, SHORT) for prompt in (shown(600), shown(400), [5])]
+            with pytest.raises(QueueFull):
+                service.stream(shown(1), SHORT)
+            await asyncio.gather(*map(whole, asked))
+            await whole(service.stream(shown(2000), SHORT))
+
+    asyncio.run(run())
 
 
 def test_a_stop_lets_answers_end(engine):

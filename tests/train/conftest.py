@@ -9,6 +9,7 @@ from fulmen.config import load_recipe
 from fulmen.data import Document, PackedLoader, Tokenizer
 from fulmen.model import LanguageModel, ModelConfig
 from fulmen.train import Trainer, TrainRecipe
+from fulmen.train.language import LanguageObjective
 
 RECIPE = """
 [model]
@@ -100,6 +101,7 @@ def trainer(recipe, text, tokenizer):
         documents = [Document(line, f"text#{number}") for number, line in enumerate(text.split("\n"))]
         shape = {"batch_tokens": settings.schedule.batch_tokens, "sequence_length": settings.data.sequence_length}
         loader = PackedLoader(documents, tokenizer, seed=0, **shape)
-        return Trainer(model, loader, settings, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        return Trainer(LanguageObjective(model, loader, tokenizer, settings, cpu), settings, cpu)
 
     return make

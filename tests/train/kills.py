@@ -13,6 +13,7 @@ import tensorboard.summary.writer.record_writer  # noqa: F401
 import torch
 
 import fulmen.checkpoint.writer
+import fulmen.train.models
 import fulmen.train.run
 from fulmen.cli import main
 
@@ -66,7 +67,7 @@ def die_at_call(number):
 
 
 def die_in_tokenizer():
-    fulmen.train.run.Tokenizer.train = die
+    fulmen.train.models.Tokenizer.train = die
 
 
 def die_in_first_evaluation():

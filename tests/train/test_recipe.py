@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from fulmen.cli.tasks import load_task
 from fulmen.config import UserError, dump_recipe, load_recipe
 from fulmen.model import ModelConfig
 from fulmen.train import TrainRecipe
 from fulmen.train.recipe import ModelSection
-from fulmen.train.run import _model_config
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
@@ -86,11 +86,10 @@ def test_every_field_of_a_model_can_be_set():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipe_loads_and_comes_back(path, tmp_path):
-    recipe = load_recipe(path, TrainRecipe)
-    assert load_recipe(path.stem, TrainRecipe) == recipe
-    _model_config(recipe)
+    recipe, build = load_task(path)
+    assert load_task(path.stem) == (recipe, build)
     (tmp_path / "again.toml").write_text(dump_recipe(recipe))
-    assert load_recipe(tmp_path / "again.toml", TrainRecipe) == recipe
+    assert load_task(tmp_path / "again.toml") == (recipe, build)
 
 
 def test_there_are_shipped_recipes():

@@ -14,7 +14,7 @@ from fulmen.config import UserError, load_recipe
 from fulmen.data import Tokenizer
 from fulmen.run import MetricsLog, RunDirectory, SnapshotStore, read_metrics
 from fulmen.train import Trainer, TrainingDivergedError, TrainRecipe, train
-from fulmen.train.run import FIXED
+from fulmen.train.recipe import FREE, fixed_keys
 
 SHORT = (
     "schedule.steps=6",
@@ -231,8 +231,10 @@ def finished(short, folder):
 
 
 def test_every_key_that_a_run_keeps_is_one_of_the_recipe(recipe):
-    assert all(hasattr(getattr(recipe(), section), key) for section, keys in FIXED.items() for key in keys)
-    assert "learning_rate" in FIXED["optimizer"]
+    fixed = fixed_keys(TrainRecipe)
+    assert all(hasattr(getattr(recipe(), section), key) for section, keys in fixed.items() for key in keys)
+    assert "learning_rate" in fixed["optimizer"]
+    assert set(vars(recipe().train)) - set(fixed["train"]) <= set(FREE)
 
 
 def test_refuses_a_folder_that_is_used(short, folder, finished):

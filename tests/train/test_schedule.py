@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fulmen.train.recipe import ScheduleSection
+from fulmen.train.recipe import ScheduleSection, TokenScheduleSection
 from fulmen.train.schedule import batch_tokens, learning_rate_factor
 
 
@@ -56,6 +56,6 @@ def test_rises_stays_and_falls_without_a_jump(schedule):
 
 
 def test_batches_grow_where_the_ramp_says():
-    schedule = ScheduleSection(steps=1, warmup=0, batch_tokens=10, ramp=((100, 20), (300, 5)))
+    schedule = TokenScheduleSection(steps=1, warmup=0, batch_tokens=10, ramp=((100, 20), (300, 5)))
     assert [batch_tokens(schedule, seen) for seen in (0, 99, 100, 299, 300, 10**12)] == [10, 10, 20, 20, 5, 5]
-    assert batch_tokens(ScheduleSection(steps=1, warmup=0, batch_tokens=10), 10**12) == 10
+    assert batch_tokens(TokenScheduleSection(steps=1, warmup=0, batch_tokens=10), 10**12) == 10

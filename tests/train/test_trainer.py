@@ -10,8 +10,8 @@ import torch
 
 from fulmen.data import Batch
 from fulmen.train import TrainingDivergedError
+from fulmen.train.precision import choose_dtype
 from fulmen.train.schedule import learning_rate_factor
-from fulmen.train.trainer import choose_dtype
 
 
 def parameters(trainer):
@@ -26,13 +26,14 @@ def assert_equal(one, other):
 
 def gradients(trainer):
     """Those of the trainer's next batch, without a step."""
-    trainer._accumulate(trainer._next_micro_batches())
+    objective = trainer.objective
+    objective.backward(objective.next_batches(0), 1)
     return {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
 
 
 def test_step_learns_and_says_what_it_did(trainer):
-    make = trainer("optimizer.learning_rate=3e-3", "schedule.batch_tokens=96")
-    metrics = [make.train_step(detailed=step % 2 == 1) for step in range(60)]
+    make = trainer("optimizer.learning_rate=3e-3", "schedule.batch_tokens=96", "train.routing_every=2")
+    metrics = [make.train_step() for step in range(60)]
     assert metrics[0]["loss"] == pytest.approx(math.log(300), rel=0.1)
     assert sum(m["loss"] for m in metrics[-5:]) / 5 < 0.6 * metrics[0]["loss"]
     assert [m["tokens"] for m in metrics] == [96 * (step + 1) for step in range(60)]
@@ -41,13 +42,14 @@ def test_step_learns_and_says_what_it_did(trainer):
     assert [m["learning_rate"] for m in metrics] == pytest.approx(rates)
     assert all(group["lr"] == metrics[-1]["learning_rate"] for group in make.optimizer.param_groups)
     assert [("expert_load" in m) for m in metrics] == [step % 2 == 1 for step in range(60)]
-    assert metrics[-1]["epoch"] == make.loader.epoch
+    assert metrics[-1]["epoch"] == make.objective.loader.epoch
+    assert {m["trained_parameters"] for m in metrics} == {make.model.config.count_parameters().total}
 
 
 def test_overfits_one_batch(trainer):
     make = trainer("schedule.warmup=0", "optimizer.weight_decay=0")
-    batch = make.loader.next_batch()
-    make.loader.next_batch = lambda size: batch
+    batch = make.objective.loader.next_batch()
+    make.objective.loader.next_batch = lambda size: batch
     losses = [make.train_step()["loss"] for _ in range(80)]
     assert losses[-1] < 0.1 < 5 < losses[0]
 
@@ -68,7 +70,7 @@ def test_micro_batches_are_one_big_batch(trainer):
     whole = trainer(*settings)
     for micro in (200, 100, 77):
         parts = trainer(*settings, f"schedule.micro_batch_tokens={micro}")
-        batches = parts._next_micro_batches()
+        batches = parts.objective.next_batches(0)
         sizes = [batch.tokens.numel() for batch in batches]
         assert sizes == [min(micro, 200 - start) for start in range(0, 200, micro)]
         # The end of a micro batch cuts a document, so the whole one is made of the same samples.
@@ -78,8 +80,8 @@ def test_micro_batches_are_one_big_batch(trainer):
             targets=torch.cat([batch.targets for batch in batches], dim=1),
             cu_seqlens=torch.cat([batches[0].cu_seqlens[:1], *borders]),
         )
-        loss, _, _ = parts._accumulate(batches)
-        expected, _, _ = whole._accumulate([joined])
+        loss = parts.objective.backward(batches, 1)["loss"]
+        expected = whole.objective.backward([joined], 1)["loss"]
         assert loss == pytest.approx(expected, rel=1e-6)
         for one, other in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
             assert (one.grad - other.grad).norm() <= 1e-5 * other.grad.norm()
@@ -95,7 +97,9 @@ def test_balance_loss_counts_with_its_weight(trainer):
 
 def test_capacity_factor_drops_choices(trainer):
     """At 1 an uneven router loses some choices, at 4 (as many as there are experts) and at 0 (no limit) none."""
-    drops = {factor: trainer(f"train.capacity_factor={factor}").train_step(detailed=True) for factor in (0, 1, 4)}
+    drops = {
+        factor: trainer(f"train.capacity_factor={factor}", "train.routing_every=1").train_step() for factor in (0, 1, 4)
+    }
     assert drops[1]["drop_rate"] > 0
     assert drops[0]["drop_rate"] == drops[4]["drop_rate"] == 0
     assert drops[0]["loss"] == drops[4]["loss"] != drops[1]["loss"]
@@ -165,7 +169,8 @@ def test_random_generators_are_restored(trainer):
 
 def test_evaluation_by_hand(trainer, tokenizer):
     make = trainer()
-    batches = [make.loader.next_batch(size) for size in (70, 30)]
+    batches = [make.objective.loader.next_batch(size) for size in (70, 30)]
+    make.objective.held_out = {"held_out": batches}
     nll, num_bytes = 0.0, 0
     for batch in batches:
         borders = batch.cu_seqlens.tolist()
@@ -175,18 +180,17 @@ def test_evaluation_by_hand(trainer, tokenizer):
                 nll -= log_probs[place, target].item()
                 num_bytes += len(tokenizer.token_bytes(target))
     before = parameters(make)
-    metrics = make.evaluate(batches, tokenizer.byte_lengths())
+    metrics = make.evaluate()
     assert metrics["held_out_loss"] == pytest.approx(nll / 100, rel=1e-4)
     assert metrics["held_out_bits_per_byte"] == pytest.approx(nll / math.log(2) / num_bytes, rel=1e-4)
     assert_equal(before, parameters(make))
     assert all(p.grad is None for p in make.model.parameters())
 
 
-def test_evaluation_drops_nothing(trainer, tokenizer):
+def test_evaluation_drops_nothing(trainer):
     tight, free = trainer("train.capacity_factor=0.1"), trainer("train.capacity_factor=0")
-    batches = [free.loader.next_batch(64)]
-    lengths = tokenizer.byte_lengths()
-    assert tight.evaluate(batches, lengths) == free.evaluate(batches, lengths)
+    tight.objective.held_out = free.objective.held_out = {"held_out": [free.objective.loader.next_batch(64)]}
+    assert tight.evaluate() == free.evaluate()
 
 
 @pytest.mark.parametrize("poisoned", ["norm.weight", "layers.0.block_sparse_moe.experts.w2"])
@@ -202,7 +206,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(trainer, poisoned):
         assert torch.equal(parameter.nan_to_num(7), before[name].nan_to_num(7))
     after = make.optimizer.state_dict()["state"]
     assert all(torch.equal(after[key][name], value[name]) for key, value in optimizer.items() for name in value)
-    assert (make.step, make.tokens_seen) == (1, 64)
+    assert (make.step, make.seen) == (1, 64)
 
 
 def test_a_gradient_that_is_not_finite_is_named(trainer):
@@ -220,7 +224,7 @@ def test_precision(trainer, monkeypatch):
     assert choose_dtype("float32", cpu) == torch.float32
     assert choose_dtype("bfloat16", cpu) == torch.bfloat16
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("fulmen.train.trainer.multiplies_bf16", lambda device, fast=fast: fast)
+        monkeypatch.setattr("fulmen.train.precision.multiplies_bf16", lambda device, fast=fast: fast)
         assert choose_dtype("auto", cpu) == dtype
 
 

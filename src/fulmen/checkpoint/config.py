@@ -2,7 +2,7 @@
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from fulmen.checkpoint.dialects import (
     ROTARY_DIM,
     ROTARY_FACTOR,
 )
+from fulmen.checkpoint.keys import agreed, check_fixed, integer, number, read_json, refuse_unknown, values
+from fulmen.checkpoint.vision_config import VISION_LANGUAGE, vision_language_from_keys, vision_language_keys
 from fulmen.config import UserError
-from fulmen.model import ModelConfig
+from fulmen.model import ModelConfig, VisionLanguageConfig
 from fulmen.run.files import write_atomic
 
 CONFIG_FILE = "config.json"
 
 
-def load_config(path: str | Path) -> ModelConfig:
+def load_config(path: str | Path) -> ModelConfig | VisionLanguageConfig:
     """The configuration of the checkpoint folder `path`, in either dialect.
 
     Raises UserError for a missing or unreadable config.json, a model of another type, a missing or unknown key and a
@@ -34,13 +36,15 @@ def load_config(path: str | Path) -> ModelConfig:
     file = Path(path) / CONFIG_FILE
     raw = read_json(file)
     try:
+        if raw.get("model_type") in VISION_LANGUAGE:
+            return vision_language_from_keys(raw, _from_keys)
         return _from_keys(raw)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
 
 def save_config(
-    config: ModelConfig,
+    config: ModelConfig | VisionLanguageConfig,
     path: str | Path,
     dialect: str = "original",
     *,
@@ -54,11 +58,19 @@ def save_config(
 
 
 def config_keys(
-    config: ModelConfig, dialect: str, *, dtype: torch.dtype, eos_id: int | None, bos_id: int | None
+    config: ModelConfig | VisionLanguageConfig,
+    dialect: str,
+    *,
+    dtype: torch.dtype,
+    eos_id: int | None,
+    bos_id: int | None,
 ) -> dict[str, Any]:
     """The content of config.json; raises UserError if the dialect cannot say what `config` is."""
     if dialect not in DIALECTS:
         raise UserError(f"no checkpoint dialect named {dialect!r}; there are {', '.join(DIALECTS)}")
+    if isinstance(config, VisionLanguageConfig):
+        text = config_keys(config.text, dialect, dtype=dtype, eos_id=eos_id, bos_id=bos_id)
+        return vision_language_keys(config, dialect, text)
     _check_expressible(config, dialect)
     names = DIALECTS[dialect]
     common = {
@@ -85,21 +97,6 @@ def config_keys(
     }
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError, naming the file, if there is none."""
-    if not file.is_file():
-        raise UserError(f"there is no {file.name} in {file.parent}: name the folder of a checkpoint")
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): get it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object: get it again")
-    return content
-
-
 def shortest_plan(layers: str) -> str:
     """The shortest string that, repeated and cut to the depth, gives these layers: LLSLLSL has the plan LLS."""
     periods = (n for n in range(1, len(layers) + 1) if all(a == b for a, b in zip(layers, layers[n:], strict=False)))
@@ -124,12 +121,12 @@ def _from_keys(raw: Mapping[str, Any]) -> ModelConfig:
     raw = _flatten(raw)
     _refuse_unknown(raw)
     _check_fixed(raw, dialect)
-    fields = {field: _integer(raw, (key,)) for field, key in COUNTS.items() if field != "head_dim"}
+    fields = {field: integer(raw, (key,)) for field, key in COUNTS.items() if field != "head_dim"}
     # Both published configuration classes let it be null.
-    head_dim = _integer(raw, ("head_dim",), fields["hidden_size"] // max(1, fields["num_heads"]))
+    head_dim = integer(raw, ("head_dim",), fields["hidden_size"] // max(1, fields["num_heads"]))
     # A file may use the other dialect's spelling of a key: some published ones mix them.
     for field in DIALECTS[dialect].scales:
-        fields[field] = _number(raw, [names.scales[field] for names in DIALECTS.values()])
+        fields[field] = number(raw, [names.scales[field] for names in DIALECTS.values()])
     layers = _layers(raw)
     if len(layers) != fields["num_layers"]:
         raise UserError(f"num_hidden_layers is {fields['num_layers']}, but the list of layers has {len(layers)}")
@@ -137,9 +134,9 @@ def _from_keys(raw: Mapping[str, Any]) -> ModelConfig:
         **fields,
         head_dim=head_dim,
         layer_plan=shortest_plan(layers),
-        norm_eps=_number(raw, ("rms_norm_eps",)),
+        norm_eps=number(raw, ("rms_norm_eps",)),
         lightning_norm_eps=LIGHTNING_NORM_EPS,
-        rope_theta=_number(raw, ROPE_THETA),
+        rope_theta=number(raw, ROPE_THETA),
         rotary_dim=_rotary_dim(raw, head_dim, dialect),
     )
 
@@ -165,23 +162,13 @@ def _refuse_unknown(raw: Mapping[str, Any]) -> None:
     known = {*COUNTS.values(), "rms_norm_eps", *ROPE_THETA, *ROTARY_DIM, *ROTARY_FACTOR, *FIXED, *HARMLESS}
     for names in DIALECTS.values():
         known |= {names.layers_key, *names.scales.values()}
-    for key, value in raw.items():
-        if key not in known:
-            raise UserError(
-                f"unknown key {key} = {reprlib.repr(value)}, which may change what the model computes; "
-                "remove it if you know that it does not"
-            )
+    refuse_unknown(raw, known)
 
 
 def _check_fixed(raw: Mapping[str, Any], dialect: str) -> None:
     if dialect == "original" and "postnorm" not in raw:
         raise UserError("postnorm is missing, which in this dialect means false; fulmen computes with true alone")
-    for key, allowed in FIXED.items():
-        value = _uniform(raw.get(key, allowed))
-        if value != allowed:
-            raise UserError(
-                f"{key} = {reprlib.repr(value)} is not supported, the model computes with {allowed!r} alone"
-            )
+    check_fixed(raw, FIXED)
 
 
 def _layers(raw: Mapping[str, Any]) -> str:
@@ -195,44 +182,12 @@ def _layers(raw: Mapping[str, Any]) -> str:
             raise UserError(f"{names.layers_key} must be a list of {kinds}, got {reprlib.repr(entries)}")
         letters = list(names.layer_kinds)
         found[names.layers_key] = "".join(letters[kinds.index(entry)] for entry in entries)
-    return _agreed(found, [names.layers_key for names in DIALECTS.values()])
+    return agreed(found, [names.layers_key for names in DIALECTS.values()])
 
 
 def _rotary_dim(raw: Mapping[str, Any], head_dim: int, dialect: str) -> int:
-    found = _values(raw, ROTARY_DIM, int, "an integer")
-    factors = _values(raw, ROTARY_FACTOR, int | float, "a number")
+    found = values(raw, ROTARY_DIM, int, "an integer")
+    factors = values(raw, ROTARY_FACTOR, int | float, "a number")
     found |= {key: int(head_dim * factor) for key, factor in factors.items()}
     # transformers' own code always rotates the whole head.
-    return head_dim if not found and dialect == "transformers" else _agreed(found, ROTARY_DIM[:1])
-
-
-def _integer(raw: Mapping[str, Any], keys: Sequence[str], default: int | None = None) -> int:
-    found = _values(raw, keys, int, "an integer")
-    return default if default is not None and not found else _agreed(found, keys)
-
-
-def _number(raw: Mapping[str, Any], keys: Sequence[str]) -> float:
-    return float(_agreed(_values(raw, keys, int | float, "a number"), keys))
-
-
-def _values(raw: Mapping[str, Any], keys: Sequence[str], kind: Any, description: str) -> dict[str, Any]:
-    """The values of those of the keys that are there and not null, of one type."""
-    found = {key: _uniform(raw[key]) for key in keys if raw.get(key) is not None}
-    for key, value in found.items():
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{key} must be {description}, got {reprlib.repr(value)}")
-    return found
-
-
-def _uniform(value: Any) -> Any:
-    """Some published files repeat a value once for each layer."""
-    return value[0] if isinstance(value, list) and value and all(other == value[0] for other in value) else value
-
-
-def _agreed(found: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """The value that all spellings of one thing give; `keys` are those that could give it."""
-    if not found:
-        raise UserError(f"the key {' or '.join(keys)} is missing")
-    if len(set(found.values())) > 1:
-        raise UserError("contradiction: " + ", ".join(f"{key} says {value}" for key, value in found.items()))
-    return next(iter(found.values()))
+    return head_dim if not found and dialect == "transformers" else agreed(found, ROTARY_DIM[:1])

@@ -18,6 +18,8 @@ CHECKPOINT_FILES = (
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
+    "coca.json",
+    "coca.safetensors",
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",

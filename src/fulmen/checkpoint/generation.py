@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fulmen.checkpoint.config import CONFIG_FILE, read_json
+from fulmen.checkpoint.config import CONFIG_FILE
+from fulmen.checkpoint.keys import read_json
 from fulmen.config import UserError
 from fulmen.data import Tokenizer
 
@@ -33,6 +34,8 @@ def load_generation_config(path: str | Path) -> GenerationConfig:
     """
     folder = Path(path)
     config = read_json(folder / CONFIG_FILE)
+    if isinstance(config.get("text_config"), dict):
+        config = config["text_config"] | {key: value for key, value in config.items() if value is not None}
     generation = read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).exists() else {}
     eos, bos = (_first(generation.get(key), config.get(key)) for key in ("eos_token_id", "bos_token_id"))
     if None in (eos, bos) and (folder / "tokenizer.json").exists():

@@ -12,8 +12,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fulmen.model import LanguageModel
+from fulmen.model import LanguageModel, VisionLanguageModel
 from fulmen.model.config import LIGHTNING
+
+Model = LanguageModel | VisionLanguageModel
+
+TEXT = "language_model."
+"""What the names of a vision-language model's text model begin with, in files as in ours."""
+
+UNUSED = ("post_layernorm.weight", "post_layernorm.bias", "embeddings.position_ids")
+"""What CLIP's tower has behind the last layer, or counts, and other writers keep."""
 
 # transformers keeps constants of its block form as buffers and saves them.
 DECAY_BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
@@ -28,14 +36,14 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]  # of the tensor of the file
 
 
-def published_pieces(model: LanguageModel) -> list[Piece]:
+def published_pieces(model: Model) -> list[Piece]:
     """What a published checkpoint of this model holds; the model may be on the meta device."""
     return [
         piece for parameter, tensor in model.named_parameters() for piece in _pieces_of_parameter(parameter, tensor)
     ]
 
 
-def stacked_pieces(model: LanguageModel) -> list[Piece]:
+def stacked_pieces(model: Model) -> list[Piece]:
     """The same under the names that transformers uses in memory, for files written without its renaming."""
     renamed = {".experts.w13": ".experts.gate_up_proj", ".experts.w2": ".experts.down_proj"}
     pieces = []
@@ -47,10 +55,17 @@ def stacked_pieces(model: LanguageModel) -> list[Piece]:
     return pieces
 
 
-def ignored_names(model: LanguageModel) -> set[str]:
+def ignored_names(model: Model) -> set[str]:
     """What transformers adds and a reader passes over, since it follows from the configuration."""
-    lightning = [layer for layer, kind in enumerate(model.config.layers) if kind == LIGHTNING]
-    return {f"model.layers.{layer}.self_attn.{buffer}" for layer in lightning for buffer in DECAY_BUFFERS}
+    prefix, text = ("", model) if isinstance(model, LanguageModel) else (TEXT, model.language_model)
+    lightning = [layer for layer, kind in enumerate(text.config.layers) if kind == LIGHTNING]
+    names = {f"{prefix}model.layers.{layer}.self_attn.{buffer}" for layer in lightning for buffer in DECAY_BUFFERS}
+    return names | {f"vision_tower.vision_model.{name}" for name in UNUSED if text is not model}
+
+
+def text_model(model: Model) -> LanguageModel:
+    """Itself, or that of a vision-language model."""
+    return model if isinstance(model, LanguageModel) else model.language_model
 
 
 def _pieces_of_parameter(parameter: str, tensor: Tensor) -> Iterator[Piece]:
@@ -68,4 +83,9 @@ def _pieces_of_parameter(parameter: str, tensor: Tensor) -> Iterator[Piece]:
 
 
 def _published(parameter: str) -> str:
-    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
+    """Of a parameter whose model is `LanguageModel` or has one as `language_model`."""
+    if parameter.startswith(TEXT):
+        return TEXT + _published(parameter.removeprefix(TEXT))
+    if parameter.startswith(("lm_head.", "vision_tower.", "multi_modal_projector.", "image_newline")):
+        return parameter
+    return f"model.{parameter}"

@@ -1,6 +1,6 @@
-"""Published checkpoints into a `LanguageModel`: tensor by tensor, never a second copy, never a pickle."""
+"""Published checkpoints into a model: tensor by tensor, never a second copy, never a pickle."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fulmen.checkpoint.config import load_config, read_json
-from fulmen.checkpoint.names import Piece, ignored_names, published_pieces, stacked_pieces
+from fulmen.checkpoint.config import load_config
+from fulmen.checkpoint.keys import read_json
+from fulmen.checkpoint.names import Model, Piece, ignored_names, published_pieces, stacked_pieces
 from fulmen.config import UserError
-from fulmen.model import LanguageModel
+from fulmen.model import LanguageModel, ModelConfig, VisionLanguageModel
 from fulmen.model.int8 import NAMES, allocate_int8, int8_matrices, rest_dtype
 from fulmen.ops.int8 import quantize_rows
 
@@ -31,10 +32,8 @@ class Entry(NamedTuple):
     dtype: str  # as safetensors spells it
 
 
-def load_model(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> LanguageModel:
-    """The text model in the checkpoint folder `path`, in either dialect, in eval mode.
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """The text or vision-language model in the checkpoint folder `path`, in either dialect, in eval mode.
 
     The headers of all files are checked before the first tensor is read. Files are mapped into memory, and each tensor
     is copied from there straight to its place on `device` in `dtype`: the model is held once, and the map of one shard
@@ -49,15 +48,15 @@ def load_model(
     folder = Path(path)
     config = load_config(folder)
     with torch.device("meta"):
-        model = LanguageModel(config)
-    shards = _shards(folder)
-    entries = _read_headers(shards)
+        model = LanguageModel(config) if isinstance(config, ModelConfig) else VisionLanguageModel(config)
+    shards = find_shards(folder)
+    entries = read_headers(shards)
     pieces = _match(folder, entries, model)
     _allocate(model, device, dtype)
     scales = {name: getattr(module, NAMES[matrix]) for name, (module, matrix) in int8_matrices(model).items()}
     parameters = dict(model.named_parameters())
     for shard in shards:
-        with _open(shard) as file, torch.no_grad():
+        with open_shard(shard) as file, torch.no_grad():
             for name in file.offset_keys():
                 if name in pieces:
                     parameter, index = pieces[name].parameter, pieces[name].index
@@ -77,7 +76,7 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
-def _shards(folder: Path) -> dict[Path, set[str]]:
+def find_shards(folder: Path) -> dict[Path, set[str]]:
     """The files with tensors, and the names that the index says each holds (none for a single file)."""
     if (folder / SINGLE_FILE).exists():
         return {folder / SINGLE_FILE: set()}
@@ -105,11 +104,11 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _read_headers(shards: Mapping[Path, set[str]]) -> dict[str, Entry]:
+def read_headers(shards: Mapping[Path, set[str]]) -> dict[str, Entry]:
     """All tensors of all shards by name."""
     entries: dict[str, Entry] = {}
     for shard, promised in shards.items():
-        with _open(shard) as file:
+        with open_shard(shard) as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 if name in entries:
                     raise UserError(f"{name} is both in {entries[name].file} and in {shard}: keep one of them")
@@ -121,7 +120,8 @@ def _read_headers(shards: Mapping[Path, set[str]]) -> dict[str, Entry]:
 
 
 @contextmanager
-def _open(shard: Path) -> Iterator[Any]:
+def open_shard(shard: Path) -> Iterator[Any]:
+    """A safetensors file, opened; raises UserError, naming it, if that or reading it fails."""
     try:
         with safe_open(shard, framework="pt") as file:
             yield file
@@ -133,22 +133,28 @@ def _open(shard: Path) -> Iterator[Any]:
         raise UserError(f"cannot read {shard}: {error.strerror or error}") from None
 
 
-def _match(folder: Path, entries: Mapping[str, Entry], model: LanguageModel) -> dict[str, Piece]:
+def _match(folder: Path, entries: Mapping[str, Entry], model: Model) -> dict[str, Piece]:
     """Where each tensor of the files goes, by name; raises UserError unless they are exactly the model's."""
     layouts = ({piece.name: piece for piece in pieces(model)} for pieces in (published_pieces, stacked_pieces))
     expected = max(layouts, key=lambda layout: len(layout.keys() & entries.keys()))
-    ignored = ignored_names(model)
-    if missing := sorted(expected.keys() - entries.keys()):
-        raise UserError(f"{folder}: {len(missing)} of {len(expected)} tensors are missing: {_listed(missing)}")
-    if extra := sorted(entries.keys() - expected.keys() - ignored):
+    check_entries(folder, entries, {name: piece.shape for name, piece in expected.items()}, ignored_names(model))
+    return expected
+
+
+def check_entries(
+    folder: Path, entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], ignored: Collection[str] = ()
+) -> None:
+    """Raise UserError unless a folder's tensors are exactly those of `shapes`, but for `ignored`, and can be read."""
+    if missing := sorted(shapes.keys() - entries.keys()):
+        raise UserError(f"{folder}: {len(missing)} of {len(shapes)} tensors are missing: {_listed(missing)}")
+    if extra := sorted(entries.keys() - shapes.keys() - set(ignored)):
         raise UserError(f"{entries[extra[0]].file}: {len(extra)} tensors are not of this model: {_listed(extra)}")
-    for name, piece in expected.items():
+    for name, expected in shapes.items():
         file, shape, dtype = entries[name]
-        if shape != piece.shape:
-            raise UserError(f"{file}: {name} should have the shape {list(piece.shape)}, found {list(shape)}")
+        if shape != expected:
+            raise UserError(f"{file}: {name} should have the shape {list(expected)}, found {list(shape)}")
         if dtype not in READABLE_DTYPES:
             raise UserError(f"{file}: {name} is stored as {dtype}; quantised weights are not supported")
-    return expected
 
 
 def _put(place: Tensor, scales: Tensor | None, index: tuple[int | slice, ...], tensor: Tensor, name: str) -> None:
@@ -164,7 +170,7 @@ def _put(place: Tensor, scales: Tensor | None, index: tuple[int | slice, ...], t
     scales[index].copy_(rounded.scales)
 
 
-def _allocate(model: LanguageModel, device: str | torch.device, dtype: torch.dtype) -> None:
+def _allocate(model: Model, device: str | torch.device, dtype: torch.dtype) -> None:
     """Put parameters with undefined content in the place of the meta device's."""
     if dtype == torch.int8:
         dtype = rest_dtype(device)

@@ -6,7 +6,7 @@ import torch
 
 from fulmen.checkpoint.writer import save_model
 from fulmen.data import Tokenizer
-from fulmen.model import LanguageModel, ModelConfig
+from fulmen.model import LanguageModel, ModelConfig, VisionConfig, VisionLanguageConfig, VisionLanguageModel
 from fulmen.model.norm import RMSNorm
 
 VOCAB_SIZE = 512
@@ -35,11 +35,12 @@ occur, and so do quotes, "like these", brackets (or parentheses), and code:
 """
 
 
-def make_tiny(path: str | Path, dialect: str = "original", *, seed: int = 0) -> None:
+def make_tiny(path: str | Path, dialect: str = "original", *, vision: bool = False, seed: int = 0) -> None:
     """Write a random checkpoint of about 2 MB with a tokenizer of 512 entries into the folder `path`.
 
     8 layers LLLLLLLS, 4 heads of 64 dims (a size that fused attention kernels accept), 2 of them for keys and values, 4
     experts, bf16. In the original dialect half of each head is rotated, as released; in that of transformers all of it.
+    With `vision` it is a vision-language model whose encoder sees crops of 56 pixels in 2 layers; 16 positions a crop.
     The norms' weights are random too, so that a swapped one shows. The same seed gives the same file with the same
     version of PyTorch. Raises UserError as `save_model` does.
     """
@@ -56,10 +57,16 @@ def make_tiny(path: str | Path, dialect: str = "original", *, seed: int = 0) -> 
         expert_size=32,
         max_positions=8192,
     )
+    tokenizer = Tokenizer.train([TEXT], VOCAB_SIZE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LanguageModel(config)
+        model = _with_vision(config, tokenizer.image_id) if vision else LanguageModel(config)
         for module in model.modules():
             if isinstance(module, RMSNorm):
                 torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    save_model(model.bfloat16(), path, dialect, tokenizer=Tokenizer.train([TEXT], VOCAB_SIZE))
+    save_model(model.bfloat16(), path, dialect, tokenizer=tokenizer)
+
+
+def _with_vision(text: ModelConfig, image_token: int) -> VisionLanguageModel:
+    vision = VisionConfig(image_size=56, hidden_size=48, num_layers=2, num_heads=4, mlp_size=96)
+    return VisionLanguageModel(VisionLanguageConfig(text=text, vision=vision, image_token=image_token))

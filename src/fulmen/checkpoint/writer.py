@@ -1,4 +1,4 @@
-"""A `LanguageModel` as a published checkpoint: one shard at a time, under the published names, whole or not at all."""
+"""A model as a published checkpoint: one shard at a time, under the published names, whole or not at all."""
 
 import json
 import math
@@ -13,18 +13,17 @@ from safetensors.torch import save_file
 from fulmen.checkpoint.config import CONFIG_FILE, config_keys
 from fulmen.checkpoint.folder import replaced_folder
 from fulmen.checkpoint.generation import GENERATION_FILE
-from fulmen.checkpoint.names import Piece, published_pieces
+from fulmen.checkpoint.names import Model, Piece, published_pieces, text_model
 from fulmen.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from fulmen.config import UserError
 from fulmen.data import Tokenizer
-from fulmen.model import LanguageModel
 
 # transformers refuses files without it.
 METADATA = {"format": "pt"}
 
 
 def save_model(
-    model: LanguageModel,
+    model: Model,
     path: str | Path,
     dialect: str = "original",
     *,
@@ -51,20 +50,21 @@ def save_model(
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     if tokenizer is not None:
-        if tokenizer.vocab_size > model.config.vocab_size:
+        size = text_model(model).config.vocab_size
+        if tokenizer.vocab_size > size:
             raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} entries, the model only {model.config.vocab_size}: "
+                f"the tokenizer has {tokenizer.vocab_size} entries, the model only {size}: "
                 "save it with the tokenizer that it was trained with"
             )
         eos_id = tokenizer.eos_id if eos_id is None else eos_id
         bos_id = tokenizer.bos_id if bos_id is None else bos_id
     if int8 := [name for name, parameter in model.named_parameters() if parameter.dtype == torch.int8]:
         raise UserError(f"{int8[0]} is int8, which no checkpoint holds: save the model that it was made from")
-    dtype = model.embed_tokens.weight.dtype
+    dtype = text_model(model).embed_tokens.weight.dtype
     keys = config_keys(model.config, dialect, dtype=dtype, eos_id=eos_id, bos_id=bos_id)
     with replaced_folder(Path(path)) as draft:
-        _write_json(draft / CONFIG_FILE, keys)
-        _write_json(draft / GENERATION_FILE, {"bos_token_id": bos_id, "eos_token_id": eos_id})
+        write_json(draft / CONFIG_FILE, keys)
+        write_json(draft / GENERATION_FILE, {"bos_token_id": bos_id, "eos_token_id": eos_id})
         _write_shards(model, draft, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(draft)
@@ -73,9 +73,9 @@ def save_model(
             shutil.copymode(draft / CONFIG_FILE, file)
 
 
-def _write_shards(model: LanguageModel, folder: Path, max_shard_bytes: int) -> None:
+def _write_shards(model: Model, folder: Path, max_shard_bytes: int) -> None:
     parameters = dict(model.named_parameters())
-    shards = _split(published_pieces(model), max_shard_bytes, model.embed_tokens.weight.itemsize)
+    shards = _split(published_pieces(model), max_shard_bytes, text_model(model).embed_tokens.weight.itemsize)
     count = len(shards)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     if count == 1:
@@ -83,7 +83,7 @@ def _write_shards(model: LanguageModel, folder: Path, max_shard_bytes: int) -> N
     else:
         weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
         total = sum(parameter.nbytes for parameter in parameters.values())
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for name, shard in zip(names, shards, strict=True):
         tensors = {piece.name: parameters[piece.parameter].detach()[piece.index].contiguous() for piece in shard}
         save_file(tensors, folder / name, METADATA)
@@ -103,5 +103,6 @@ def _split(pieces: Sequence[Piece], max_bytes: int, itemsize: int) -> list[list[
     return shards
 
 
-def _write_json(file: Path, content: Any) -> None:
+def write_json(file: Path, content: Any) -> None:
+    """A JSON file of a checkpoint's draft, with a line for each key."""
     file.write_text(json.dumps(content, indent=2) + "\n")

@@ -9,11 +9,11 @@ import signal
 import sys
 from typing import NoReturn
 
-from fulmen.cli import bench, checkpoints, marl, serving, training, using
+from fulmen.cli import bench, checkpoints, evaluating, marl, serving, training, using
 from fulmen.cli.parts import fail
 from fulmen.config import UserError
 
-VERBS = (training, using, serving, checkpoints, marl, bench)
+VERBS = (training, using, serving, evaluating, checkpoints, marl, bench)
 """The modules that declare and run them."""
 
 

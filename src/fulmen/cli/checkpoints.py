@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fulmen.cli.parts import DTYPES, count, verb
-from fulmen.config import UserError
+from fulmen.cli.parts import DTYPES, count, model_config, verb
 
 DIALECTS = ("original", "transformers")
 
@@ -43,16 +42,13 @@ def add(verbs) -> None:
     )
     parser.add_argument("path", type=Path, help="folder to write")
     parser.add_argument("--dialect", choices=DIALECTS, default="original", help="(default: original)")
+    parser.add_argument("--vision", action="store_true", help="a vision-language model, with a small image encoder")
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from fulmen.checkpoint import find_checkpoint, load_config
-    from fulmen.model import PRESETS, describe
+    from fulmen.model import describe
 
-    known = arguments.model in PRESETS or not Path(arguments.model).exists()
-    config = PRESETS.get(arguments.model) if known else load_config(find_checkpoint(arguments.model))
-    if config is None:
-        raise UserError(f"{arguments.model} is neither a folder nor a named size ({', '.join(PRESETS)})")
+    config = model_config(arguments.model)
     print(describe(config, context=arguments.context, batch=arguments.batch, dtype=arguments.dtype))
     return 0
 
@@ -76,6 +72,6 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _make_tiny(arguments: argparse.Namespace) -> int:
     from fulmen.checkpoint import make_tiny
 
-    make_tiny(arguments.path, dialect=arguments.dialect)
+    make_tiny(arguments.path, dialect=arguments.dialect, vision=arguments.vision)
     print(f"wrote {arguments.path} in the {arguments.dialect} dialect")
     return 0

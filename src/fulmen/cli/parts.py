@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fulmen.config import UserError
+
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_HELP = "of the weights; int8: of experts and projections alone, rounded while they are read (default: float32)"
 
@@ -14,6 +16,19 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def model_config(model: str):
+    """The configuration of a named size, or of the checkpoint that a path means."""
+    from fulmen.checkpoint import find_checkpoint, load_config
+    from fulmen.model import PRESETS, VISION_LANGUAGE_PRESETS
+
+    presets = PRESETS | VISION_LANGUAGE_PRESETS
+    if model in presets:
+        return presets[model]
+    if not Path(model).exists():
+        raise UserError(f"{model} is neither a folder nor a named size ({', '.join(presets)})")
+    return load_config(find_checkpoint(model))
 
 
 def verb(verbs, name: str, run: Callable[[argparse.Namespace], int] | None, text: str, example: str):

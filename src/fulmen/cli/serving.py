@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fulmen.cli.parts import DTYPE_HELP, DTYPES, count, verb
+from fulmen.cli.parts import DTYPE_HELP, DTYPES, count, model_config, verb
 from fulmen.config import UserError
 
 GB = 10**9
@@ -58,6 +58,11 @@ def add(verbs) -> None:
     parser.add_argument("--api-key", type=_word, metavar="KEY", help="ask everybody for it (default: nobody is asked)")
     help_text = "a web page's origin that may call the API; repeatable (default: none but the chat page)"
     parser.add_argument("--cors-origin", action="append", default=[], metavar="URL", help=help_text)
+    parser.add_argument(
+        "--max-images", type=count, default=16, help="of a request, where the model takes any (default: 16)"
+    )
+    help_text = "fetch images whose http(s) addresses requests give, public ones alone (default: never)"
+    parser.add_argument("--allow-image-urls", action="store_true", help=help_text)
     parser.add_argument("--max-waiting", type=int, default=1024, help="requests in the queue (default: 1024)")
     help_text = "seconds to end answers when stopped (default: 30)"
     parser.add_argument("--grace", type=_number(float, 0, 1e6), default=30, help=help_text)
@@ -106,14 +111,9 @@ def _settings(arguments: argparse.Namespace, **others):
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from fulmen.checkpoint import find_checkpoint, load_config
-    from fulmen.model import PRESETS
     from fulmen.serve import plan_memory
 
-    known = arguments.model in PRESETS or not Path(arguments.model).exists()
-    config = PRESETS.get(arguments.model) if known else load_config(find_checkpoint(arguments.model))
-    if config is None:
-        raise UserError(f"{arguments.model} is neither a folder nor a named size ({', '.join(PRESETS)})")
+    config = model_config(arguments.model)
     if not 0 < arguments.share <= 1:
         raise UserError(f"--share must be above 0 and at most 1, got {arguments.share}")
     plan = plan_memory(
@@ -176,6 +176,8 @@ async def _run(engine, listening: socket.socket, arguments: argparse.Namespace) 
         model_name=name,
         api_key=arguments.api_key,
         cors_origins=arguments.cors_origin,
+        max_images=arguments.max_images,
+        allow_image_urls=arguments.allow_image_urls,
         grace=arguments.grace,
         when_ready=lambda: print(
             f"{name}: chat at http://{shown}:{port}/, API at http://{shown}:{port}/v1", file=sys.stderr, flush=True

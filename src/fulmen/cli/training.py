@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 from fulmen.cli.parts import fail, recipe_arguments, stopped, verb
-from fulmen.config import load_recipe
+from fulmen.cli.tasks import load_task
 
 SAMPLES = ("def ", "import ", "class ")
 
@@ -32,12 +32,14 @@ def add(verbs) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from fulmen.train import TrainingDivergedError, TrainRecipe, train
+    from fulmen.train import TrainingDivergedError, train
 
-    recipe = load_recipe(arguments.recipe, TrainRecipe, arguments.set)
+    recipe, build = load_task(arguments.recipe, arguments.set)
     folder = arguments.dir or Path("runs") / Path(arguments.recipe).stem
     try:
-        result = train(recipe, folder, resume=arguments.resume, report=functools.partial(print, flush=True))
+        result = train(
+            recipe, folder, build=build, resume=arguments.resume, report=functools.partial(print, flush=True)
+        )
     except TrainingDivergedError as error:
         return fail(str(error), 1)
     if result.checkpoint is None:

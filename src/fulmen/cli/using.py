@@ -15,16 +15,18 @@ def add(verbs) -> None:
         verbs,
         "generate",
         _generate,
-        "continue a text",
+        "continue a text, or answer a question about images",
         "fulmen generate runs/quickstart --prompt 'def main(' --max-tokens 100",
     )
     _sampling_arguments(parser)
     parser.add_argument("--prompt", "-p", help="text to continue (default: read from standard input)")
+    help_text = "show it to the model, and answer the prompt as a user's message after it; repeatable"
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help=help_text)
     parser = verb(
         verbs,
         "chat",
         _chat,
-        "talk with a model; /reset forgets, /exit or Ctrl-D leaves",
+        "talk with a model; /image FILE shows one with the next line, /reset forgets, /exit or Ctrl-D leaves",
         "fulmen chat runs/quickstart --temperature 0.5",
     )
     _sampling_arguments(parser)
@@ -53,17 +55,31 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from fulmen.serve.conversation import user_turn
+
     params = _sampling_params(arguments)
     prompt = _read_prompt() if arguments.prompt is None else arguments.prompt
+    images = [_open_image(path) for path in arguments.image]  # before minutes are spent on loading
     engine = _load_engine(arguments)
-    pieces = engine.stream(engine.encode(prompt), params)
-    print(prompt, end="", flush=True)
+    if images:
+        pieces = engine.stream(engine.encode_chat([user_turn(prompt.strip(), images)]), params)
+    else:
+        pieces = engine.stream(engine.encode(prompt), params)
+        print(prompt, end="", flush=True)
     try:
         for piece in pieces:
             print(piece.text, end="", flush=True)
     finally:
         print()
     return 0
+
+
+def _open_image(path: Path):
+    """A file of one's own, so of any format."""
+    from fulmen.data import ImageLimits, open_image
+    from fulmen.data.image_files import FORMATS
+
+    return open_image(path, ImageLimits(formats=FORMATS))
 
 
 def _read_prompt() -> str:
@@ -92,7 +108,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     params = _sampling_params(arguments)
     engine = _load_engine(arguments)
-    conversation = Conversation(engine, system=arguments.system)
+    conversation, images = Conversation(engine, system=arguments.system), []
     while True:
         try:
             with _utf8_input():
@@ -102,17 +118,34 @@ def _chat(arguments: argparse.Namespace) -> int:
             return 0
         if text == "/exit":
             return 0
+        command, _, rest = text.partition(" ")
         if text == "/reset":
-            conversation = Conversation(engine, system=arguments.system)
+            conversation, images = Conversation(engine, system=arguments.system), []
+        elif command == "/image":
+            _attach(engine, rest.strip(), images)
         elif text:
-            _print_reply(conversation, text, params)
+            _print_reply(conversation, text, params, images)
+            images = []
 
 
-def _print_reply(conversation, text: str, params) -> None:
+def _attach(engine, name: str, images: list) -> None:
+    """Another image for the next line, or why there is none."""
+    try:
+        if engine.image_processor is None:
+            raise UserError("this model takes no images")
+        if not name:
+            raise UserError("name a file: /image FILE")
+        images.append(_open_image(Path(name).expanduser()))
+        print(f"[{name} is shown with your next line]")
+    except UserError as error:
+        print(f"[{error}]")
+
+
+def _print_reply(conversation, text: str, params, images: list) -> None:
     """Stream an answer; Ctrl-C leaves it and keeps the conversation, and so does an error the user can mend."""
     print("ai: ", end="", flush=True)
     try:
-        with contextlib.closing(conversation.reply(text, params)) as pieces:
+        with contextlib.closing(conversation.reply(text, params, images)) as pieces:
             for piece in pieces:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:

@@ -4,14 +4,19 @@ A turn is `<beginning_of_sentence>HEADER\\ntext<end_of_sentence>\\n`. chat_templ
 software, which `Tokenizer.save` exports; the tests hold the two together.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from os import PathLike
+from typing import Any, TypeAlias
+
+from PIL import Image
 
 from fulmen.config import UserError
 from fulmen.data.tokenizer import BOS, EOS, IMAGE, Tokenizer
 
 Message = Mapping[str, Any]
+# What `ImageProcessor.read` takes.
+ImageSource: TypeAlias = bytes | str | PathLike | Image.Image
 
 HEADERS = {
     "system": "system ai_setting=assistant",
@@ -27,7 +32,7 @@ def render_chat(messages: Sequence[Message], *, generate: bool = True) -> str:
 
     messages: `{"role": ..., "content": ...}` each. Roles: system, user, assistant, tools (the functions on offer) and
     tool (what a function returned). Content: a string, or a list of `{"type": "text", "text": ...}` and
-    `{"type": "image"}`.
+    `{"type": "image"}`, which may also hold the image itself (see `images_of`).
     Raises UserError for an unknown role or part and for a message without content.
     """
     return "".join(text for _, text in _segments(messages, generate))
@@ -54,6 +59,48 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, generate: 
             )
         ids += [special_ids[text] for text in texts]
     return ids
+
+
+def images_of(messages: Sequence[Message]) -> list[ImageSource]:
+    """The images of the conversation's parts, one for each `<image>` id that `encode_chat` gives, in the same order.
+
+    A part is `{"type": "image", "image": SOURCE}`. SOURCE may also be a function without arguments that returns the
+    source: it is called here, so a conversation can be passed round before its pictures are drawn or read.
+    Raises UserError for a part without an image, and like `render_chat`.
+    """
+    render_chat(messages)
+    sources = []
+    for number, message in enumerate(messages, 1):
+        content = message.get("content")
+        for part in [] if isinstance(content, str) else content:
+            if part["type"] == "image":
+                sources.append(_image(part, number))
+    return sources
+
+
+def expand_images(ids: Sequence[int], image_id: int, counts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(ids with each `image_id` repeated to the count of its image, where the first of each image lies in them).
+
+    Raises UserError where there are more or fewer of `image_id` than counts.
+    """
+    marks = ids.count(image_id)
+    if marks != len(counts):
+        raise UserError(f"the text has {marks} places for an image and {len(counts)} images: give one for each")
+    expanded, starts, upcoming = [], [], iter(counts)
+    for token in ids:
+        if token == image_id:
+            starts.append(len(expanded))
+            expanded += [image_id] * next(upcoming)
+        else:
+            expanded.append(token)
+    return expanded, starts
+
+
+def _image(part: Mapping[str, Any], number: int) -> ImageSource:
+    source: ImageSource | Callable[[], ImageSource] | None = part.get("image")
+    if source is None:
+        raise UserError(f"message {number} has an image part without an image: give it one as 'image'")
+    return source() if callable(source) else source
 
 
 def _segments(messages: Sequence[Message], generate: bool) -> Iterator[tuple[bool, str]]:

@@ -1,5 +1,6 @@
 """Documents and the sequences that hold them: in memory or lazily over tables, addressed by number, split by file."""
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,9 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
+
+from fulmen.config import UserError
+from fulmen.data.chat import render_chat
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,21 @@ class Document:
     text: str
     origin: str
     messages: tuple[Mapping[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A conversation that ends where the assistant is to answer, a better and a worse answer, and its stable name."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    chosen: str
+    rejected: str
+    origin: str = ""
+
+    @property
+    def text(self) -> str:
+        """All of it as text, for people and for fingerprints."""
+        return render_chat(self.messages) + f"{self.chosen}\n{self.rejected}"
 
 
 class Shelf(Protocol):
@@ -89,6 +108,29 @@ def file_of(origin: str) -> str:
     """The file that a document came from: its origin without `#row`."""
     file, mark, row = origin.rpartition("#")
     return file if mark and row.isdigit() else origin
+
+
+def choose_held_out(names: set[str], held_out: float) -> set[str]:
+    """The names whose hash falls below the share, at least one and not all; none of a share of 0.
+
+    Raises UserError unless 0 <= held_out < 1.
+    """
+    check_share(held_out)
+    if held_out == 0:
+        return set()
+    ranked = sorted(names, key=hash_fraction)
+    count = sum(hash_fraction(name) < held_out for name in ranked)
+    return set(ranked[: min(max(count, 1), len(ranked) - 1)])
+
+
+def check_share(held_out: float) -> None:
+    if not 0 <= held_out < 1:
+        raise UserError(f"held_out = {held_out} is not a share of the documents: 0 <= held_out < 1")
+
+
+def hash_fraction(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def spread(count: int) -> np.ndarray:

@@ -1,18 +1,18 @@
-"""Packed batches of a corpus: shuffled and resumable for training, one fixed pass for evaluation."""
+"""Packed batches of a corpus, with its images: shuffled and resumable for training, one fixed pass for evaluation."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-import numpy as np
-import torch
-
 from fulmen.config import UserError
-from fulmen.data.chat import encode_chat
+from fulmen.data.ahead import ahead
 from fulmen.data.documents import Document, spread
+from fulmen.data.encoding import Counted, Encoded, encode_document
+from fulmen.data.images import ImageProcessor
 from fulmen.data.packing import Batch, Position, pack_row
 from fulmen.data.tokenizer import BOS, EOS, Tokenizer
+from fulmen.data.turns import Turns
 
 # The fingerprint reads at most this many documents, spread evenly, so that it stays cheap on a large corpus.
 FINGERPRINT_DOCUMENTS = 4096
@@ -22,9 +22,9 @@ class PackedLoader:
     """An endless stream of packed training batches, or one of `epochs` passes over the documents.
 
     Every epoch takes all documents once, in an order that (seed, epoch) alone decides, some side by side; rows run on
-    from one epoch into the next. Documents are tokenised when their turn comes. `state_dict` is a place between two
-    batches: another process with the same arguments goes on from there with the very tokens that would have come,
-    whatever batch_tokens it asks for.
+    from one epoch into the next. Documents are tokenised, and their images processed, when their turn comes.
+    `state_dict` is a place between two batches: another process with the same arguments goes on from there with the
+    very tokens that would have come, whatever batch_tokens it asks for.
     """
 
     def __init__(
@@ -37,27 +37,35 @@ class PackedLoader:
         seed: int,
         epochs: int | None = None,
         interleave: int = 16,
+        images: ImageProcessor | None = None,
+        counted: Counted = "all",
+        texts: Sequence[Document] = (),
+        text_every: int = 20,
+        workers: int = 0,
     ):
         """batch_tokens: tokens of a batch unless `next_batch` is told otherwise. epochs: None is endless.
 
-        interleave: how many documents are read side by side (see `pack_row`).
+        interleave: how many documents are read side by side (see `pack_row`). images, counted: see `encode_document`.
+        texts: documents that are mixed in, one before every `text_every` of the others (see `Turns`); of each a single
+        sample is taken, another one when it comes again. workers: processes that read documents ahead.
         Raises UserError for sizes below 1, no documents, or a tokenizer without bos and eos.
         """
-        _check_at_least_one(batch_tokens=batch_tokens, sequence_length=sequence_length, interleave=interleave)
+        sizes = {"batch_tokens": batch_tokens, "sequence_length": sequence_length, "interleave": interleave}
+        _check_at_least_one(**sizes, text_every=text_every)
         if epochs is not None:
             _check_at_least_one(epochs=epochs)
         if seed < 0:
             raise UserError(f"seed = {seed} is negative: take 0 or more")
         _check_material(documents, tokenizer)
-        self._documents = documents
-        self._tokenizer = tokenizer
+        self._turns = Turns(documents, seed, texts, text_every)
+        self._tokenizer, self._images, self._counted = tokenizer, images, counted
         self._batch_tokens = batch_tokens
-        self._seed = seed
         self._epochs = epochs
         self._layout = {"sequence_length": sequence_length, "interleave": interleave}
         self._position = Position()
-        self._order: tuple[int, np.ndarray] | None = None
-        self._open_ids: dict[tuple[int, int], torch.Tensor] = {}
+        self._open: dict[tuple[int, int], Encoded] = {}
+        self._workers = workers
+        self._ahead: tuple[tuple[int, int], Iterator[Encoded]] | None = None  # the turn that comes next, and all after
         self._identity = {
             "documents": len(documents),
             "corpus": corpus_fingerprint(documents),
@@ -65,6 +73,13 @@ class PackedLoader:
             "seed": seed,
             **self._layout,
         }
+        # Only where it is so, because the first runs, of text alone, knew nothing of it.
+        if images is not None:
+            self._identity["images"] = images_identity(images)
+        if counted != "all":
+            self._identity["counted"] = counted
+        if len(texts):
+            self._identity |= {"texts": corpus_fingerprint(texts), "text_every": text_every}
 
     @property
     def epoch(self) -> int:
@@ -78,9 +93,9 @@ class PackedLoader:
         """
         size = self._batch_tokens if batch_tokens is None else batch_tokens
         _check_at_least_one(batch_tokens=size)
-        batch, self._position = pack_row(self._document_ids, self._position, batch_tokens=size, **self._layout)
+        batch, self._position = pack_row(self._encoded, self._position, batch_tokens=size, **self._layout)
         still_open = {(self._position.epoch, document) for document, _ in self._position.open}
-        self._open_ids = {place: ids for place, ids in self._open_ids.items() if place in still_open}
+        self._open = {place: encoded for place, encoded in self._open.items() if place in still_open}
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,30 +120,57 @@ class PackedLoader:
             identity = dict(state["identity"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"this is not the state of a data loader ({error!r}): start a new run") from None
-        for key, value in self._identity.items():
-            if identity.get(key) != value:
-                raise UserError(
-                    f"the data is not that of the snapshot: {key} was {identity.get(key)!r} and is {value!r}; "
-                    "restore it, or start a new run"
-                )
-        self._position = position
+        check_identity(identity, self._identity)
+        self._position, self._open, self._ahead = position, {}, None
 
-    def _document_ids(self, epoch: int, turn: int) -> torch.Tensor | None:
-        """The ids of the document whose turn it is; None past the end of an epoch, or of the last one."""
-        if turn >= len(self._documents) or (self._epochs is not None and epoch >= self._epochs):
+    def _encoded(self, epoch: int, turn: int) -> Encoded | None:
+        """The document whose turn it is; None past the end of an epoch, or of the last one."""
+        if turn >= len(self._turns) or (self._epochs is not None and epoch >= self._epochs):
             return None
-        if (epoch, turn) not in self._open_ids:
-            document = self._documents[int(self._epoch_order(epoch)[turn])]
-            self._open_ids[epoch, turn] = _tensor(encode_document(self._tokenizer, document))
-        return self._open_ids[epoch, turn]
+        if (epoch, turn) not in self._open:
+            is_begun = epoch == self._position.epoch and turn < self._position.following
+            self._open[epoch, turn] = self._read((epoch, turn)) if is_begun else self._next_read((epoch, turn))
+        return self._open[epoch, turn]
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        """The documents' numbers in the order of their turns, [len(documents)] int64."""
-        if self._order is None or self._order[0] != epoch:
-            # Sorted by raw bits, because numpy promises these to stay the same in all versions, and its shuffle not.
-            bits = np.random.PCG64([self._seed, epoch]).random_raw(len(self._documents))
-            self._order = epoch, np.argsort(bits, kind="stable")
-        return self._order[1]
+    def _next_read(self, place: tuple[int, int]) -> Encoded:
+        """The document of a turn that was never asked for before; the turns come in their order."""
+        if self._ahead is None or self._ahead[0] != place:
+            self._ahead = place, ahead(self._read, self._places(place), self._workers)
+        _, reading = self._ahead
+        encoded, (epoch, turn) = next(reading), place
+        self._ahead = ((epoch, turn + 1) if turn + 1 < len(self._turns) else (epoch + 1, 0)), reading
+        return encoded
+
+    def _places(self, place: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        """All turns from a place on."""
+        epoch, first = place
+        while self._epochs is None or epoch < self._epochs:
+            yield from ((epoch, turn) for turn in range(first, len(self._turns)))
+            epoch, first = epoch + 1, 0
+
+    def _read(self, place: tuple[int, int]) -> Encoded:
+        document, number = self._turns.document(*place)
+        encoded = encode_document(self._tokenizer, document, images=self._images, counted=self._counted)
+        if number is None:
+            return encoded
+        length = self._layout["sequence_length"]
+        start = number % -(-len(encoded) // length) * length
+        return encoded.part(start, min(start + length, len(encoded)))
+
+
+def images_identity(images: ImageProcessor) -> list[Any]:
+    """What decides how many positions an image takes, as JSON."""
+    return [images.crop_size, images.patch_size, images.dynamic]
+
+
+def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UserError, naming what differs, unless a snapshot's data is the data that is there now."""
+    for key in {**before, **now}:
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"the data is not that of the snapshot: {key} was {before.get(key)!r} and is {now.get(key)!r}; "
+                "restore it, or start a new run"
+            )
 
 
 def held_out_batches(
@@ -138,16 +180,23 @@ def held_out_batches(
     batch_tokens: int,
     sequence_length: int,
     max_tokens: int,
+    images: ImageProcessor | None = None,
+    counted: Counted = "all",
 ) -> list[Batch]:
     """One fixed pass over the documents, or over a part of max_tokens tokens that is spread over them and within them.
 
-    The last row may be short. Raises UserError for sizes below 1, no documents, or a tokenizer without bos and eos.
+    The last row may be short. images, counted: see `encode_document`.
+    Raises UserError for sizes below 1, no documents, or a tokenizer without bos and eos.
     """
     _check_at_least_one(batch_tokens=batch_tokens, sequence_length=sequence_length, max_tokens=max_tokens)
     _check_material(documents, tokenizer)
-    pieces = list(_take(_pieces_in_turn(documents, tokenizer, sequence_length), max_tokens))
+    encoded = (
+        encode_document(tokenizer, documents[int(number)], images=images, counted=counted)
+        for number in spread(len(documents))
+    )
+    pieces = list(_take(_pieces_in_turn(encoded, sequence_length), max_tokens))
 
-    def stream(epoch: int, number: int) -> torch.Tensor | None:
+    def stream(epoch: int, number: int) -> Encoded | None:
         return pieces[number] if epoch == 0 and number < len(pieces) else None
 
     batches = []
@@ -156,15 +205,6 @@ def held_out_batches(
         batches.append(batch)
         batch, position = pack_row(stream, position, batch_tokens=batch_tokens, sequence_length=sequence_length)
     return batches
-
-
-def encode_document(tokenizer: Tokenizer, document: Document) -> list[int]:
-    """bos, the text, eos; of a conversation its turns, from the first one's bos to the last one's eos."""
-    if document.messages is None:
-        return [tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id]
-    ids = encode_chat(tokenizer, document.messages, generate=False)
-    last_eos = len(ids) - ids[::-1].index(tokenizer.eos_id)
-    return ids[:last_eos]
 
 
 def corpus_fingerprint(documents: Sequence[Document]) -> str:
@@ -178,34 +218,28 @@ def corpus_fingerprint(documents: Sequence[Document]) -> str:
     return digest.hexdigest()
 
 
-def _pieces_in_turn(
-    documents: Sequence[Document], tokenizer: Tokenizer, sequence_length: int
-) -> Iterator[torch.Tensor]:
-    """All documents cut into pieces of at most sequence_length + 1 ids: one piece of each, then another of each, ..."""
+def _pieces_in_turn(documents: Iterable[Encoded], sequence_length: int) -> Iterator[Encoded]:
+    """All documents cut into pieces of at most sequence_length inputs: one piece of each, then another of each, ..."""
     begun = []
-    for turn, number in enumerate(spread(len(documents))):
-        ids = _tensor(encode_document(tokenizer, documents[int(number)]))
-        cuts = range(0, len(ids) - 1, sequence_length)
+    for turn, encoded in enumerate(documents):
+        cuts = range(0, len(encoded), sequence_length)
         # Each document begins with another of its pieces, or a short pass would see only how files begin.
         order = spread(len(cuts))
         order = (order + order[turn % len(cuts)]) % len(cuts)
-        pieces = iter([ids[cuts[place] : cuts[place] + sequence_length + 1] for place in order])
+        starts = [cuts[place] for place in order]
+        pieces = iter([encoded.part(start, min(start + sequence_length, len(encoded))) for start in starts])
         yield next(pieces)
         begun.append(pieces)
     for one_of_each in zip_longest(*begun):
         yield from (piece for piece in one_of_each if piece is not None)
 
 
-def _take(pieces: Iterator[torch.Tensor], max_tokens: int) -> Iterator[torch.Tensor]:
-    """The first pieces, with max_tokens targets in all, the last one cut to fit."""
+def _take(pieces: Iterator[Encoded], max_tokens: int) -> Iterator[Encoded]:
+    """The first pieces, with max_tokens inputs in all, the last one cut to fit."""
     room = max_tokens
     while room > 0 and (piece := next(pieces, None)) is not None:
-        yield piece[: room + 1]
-        room -= len(piece) - 1
-
-
-def _tensor(ids: list[int]) -> torch.Tensor:
-    return torch.tensor(ids, dtype=torch.int64)
+        yield piece.part(0, min(room, len(piece)))
+        room -= len(piece)
 
 
 def _check_at_least_one(**sizes: int) -> None:

@@ -1,29 +1,35 @@
 """Samples laid end to end into rows without padding (minimax-01.md section 6), as a function of a position.
 
-Every document is a sequence of ids [n + 1] that gives n inputs ids[:-1] and n targets ids[1:]. A document longer than
-`sequence_length` becomes several samples, and one that a row's end cuts goes on in the next row as a new sample. The
-target of a sample's last token lies beyond the cut, so each id of a document but the first is predicted exactly once.
+Every document gives n inputs and n targets, each input's next id. A document longer than `sequence_length` becomes
+several samples, and one that a row's end cuts goes on in the next row as a new sample, even in the middle of an image.
+The target of a sample's last token lies beyond the cut, so each id of a document but the first is predicted exactly
+once, unless the loss leaves it out.
 """
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
+
+from fulmen.data.encoding import Encoded
+from fulmen.data.images import PlacedImage
 
 
 @dataclass(frozen=True)
 class Batch:
     """One row of samples, T tokens in all.
 
-    tokens: [1, T] int64. targets: [1, T] int64, the token after each; -100 would mark one that the loss leaves out, and
-    packing makes none. cu_seqlens: [N + 1] int32, where the N samples begin, and T.
+    tokens: [1, T] int64. targets: [1, T] int64, the token after each, or -100 where the loss leaves it out. cu_seqlens:
+    [N + 1] int32, where the N samples begin, and T. images: which positions of which image lie where in the row.
     Example: the documents (7, 8, 9) and (7, 5) give tokens [[7, 8, 7]], targets [[8, 9, 5]], cu_seqlens [0, 2, 3].
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     cu_seqlens: torch.Tensor
+    images: tuple[PlacedImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ class Position:
     open: tuple[tuple[int, int], ...] = ()
 
 
-# (epoch, document) -> its ids, [n + 1] int64 with n >= 1; None past the end of the epoch, and past the last epoch.
-Stream = Callable[[int, int], torch.Tensor | None]
+# (epoch, document) -> at least one input; None past the end of the epoch, and past the last epoch.
+Stream = Callable[[int, int], Encoded | None]
 
 
 def pack_row(
@@ -65,21 +71,27 @@ def pack_row(
             epoch, following = epoch + 1, 0
             continue
         document, offset = open_.popleft()
-        ids = stream(epoch, document)
-        stop = min(offset + min(sequence_length, room), len(ids) - 1)
-        samples.append(ids[offset : stop + 1])
+        encoded = stream(epoch, document)
+        stop = min(offset + min(sequence_length, room), len(encoded))
+        samples.append(encoded.part(offset, stop))
         room -= stop - offset
-        if stop < len(ids) - 1:
+        if stop < len(encoded):
             # A sample that the row's end cut goes on first in the next row; a whole one waits for its document's turn.
             resume = open_.append if stop - offset == sequence_length else open_.appendleft
             resume((document, stop))
-    return (_lay_end_to_end(samples) if samples else None), Position(epoch, following, tuple(open_))
+    return (lay_end_to_end(samples) if samples else None), Position(epoch, following, tuple(open_))
 
 
-def _lay_end_to_end(samples: list[torch.Tensor]) -> Batch:
-    lengths = torch.tensor([0, *(len(sample) - 1 for sample in samples)])
+def lay_end_to_end(samples: Sequence[Encoded]) -> Batch:
+    """One row of these samples."""
+    borders = list(accumulate(map(len, samples), initial=0))
     return Batch(
-        tokens=torch.cat([sample[:-1] for sample in samples])[None],
-        targets=torch.cat([sample[1:] for sample in samples])[None],
-        cu_seqlens=lengths.cumsum(0).to(torch.int32),
+        tokens=torch.cat([sample.ids[:-1] for sample in samples])[None],
+        targets=torch.cat([sample.labels[1:] for sample in samples])[None],
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        images=tuple(
+            replace(placed, start=border + placed.start)
+            for border, sample in zip(borders, samples, strict=False)
+            for placed in sample.images
+        ),
     )

@@ -1,7 +1,6 @@
 """Where documents come from, and how some of them are held out."""
 
 import glob
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from fulmen.config import UserError
-from fulmen.data.documents import Corpus, Document, Shelf, Texts, as_corpus, file_of, spread
+from fulmen.data.documents import (
+    Corpus,
+    Document,
+    Shelf,
+    Texts,
+    as_corpus,
+    check_share,
+    choose_held_out,
+    file_of,
+    spread,
+)
+from fulmen.data.pictures.shelves import DOCUMENT_FORMS, picture_names, picture_shelves
 from fulmen.data.stdlib import dialogue_documents, source_documents
 
 EMBEDDED: dict[str, Callable[[], list[Document]]] = {
@@ -24,23 +34,26 @@ SAMPLE_BYTES_PER_DOCUMENT = 65536
 def read_documents(
     sources: Sequence[str], *, text_field: str = "text", cache: str | os.PathLike | None = None
 ) -> Corpus:
-    """The documents of all sources, in their order; rows of tables are read when asked for.
+    """The documents of all sources, in their order; rows of tables are read when asked for, and pictures drawn.
 
-    A source is "stdlib" (the running Python's standard library), "stdlib-dialogues" (conversations made out of it), or
-    a path or glob of files: .jsonl and .parquet (rows with `text_field`, or with a list of `messages`), all others
-    UTF-8 text. cache: where `datasets` keeps what it converts from tables; None is its own place.
+    A source is "stdlib" (the running Python's standard library), "stdlib-dialogues" (conversations made out of it),
+    built-in pictures such as "emoji-captions" (docs/data.md), or a path or glob of files: .jsonl and .parquet (rows
+    with `text_field`, with a list of `messages`, or with `image` and `caption`), all others UTF-8 text.
+    cache: where `datasets` keeps what it converts from tables; None is its own place.
     Raises UserError where nothing matches, a file or row cannot be read, or no document has text.
     """
     sources = [sources] if isinstance(sources, str) else list(sources)
-    matches = {source: _match(source) for source in sources if source not in EMBEDDED}
-    paths = [path for source in matches.values() for path in source]
-    root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
     shelves: list[Shelf] = []
+    files = []
     for source in dict.fromkeys(sources):
         if source in EMBEDDED:
             shelves.append(Texts(EMBEDDED[source]()))
-    for path in dict.fromkeys(paths):
-        shelf = _read_file(path, path.relative_to(root).as_posix(), text_field, None if cache is None else Path(cache))
+        elif pictures := picture_shelves(source, DOCUMENT_FORMS):
+            shelves += pictures
+        else:
+            files.append(source)
+    for path, name in name_files(files, [*EMBEDDED, *picture_names(DOCUMENT_FORMS)]).items():
+        shelf = _read_file(path, name, text_field, None if cache is None else Path(cache))
         if shelf is not None:
             shelves.append(shelf)
     corpus = Corpus(shelves)
@@ -49,14 +62,23 @@ def read_documents(
     return corpus
 
 
+def name_files(sources: Sequence[str], built_in: Sequence[str]) -> dict[Path, str]:
+    """The files that the paths and globs match, each with its path below the folder that all of them share.
+
+    built_in: the names that could have been meant. Raises UserError where a source matches no file.
+    """
+    paths = [path for source in sources for path in _match(source, built_in)]
+    root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+    return {path: path.relative_to(root).as_posix() for path in paths}
+
+
 def split(documents: Sequence[Document], held_out: float) -> tuple[Sequence[Document], Sequence[Document]]:
     """(training, held-out) documents. held_out: the share of files to hold out, 0 <= held_out < 1.
 
     A file is held out or not by a hash of its name, whatever else is there. A single file is split by its rows, a
     single text near its end. With held_out > 0 both sides hold something, or UserError is raised.
     """
-    if not 0 <= held_out < 1:
-        raise UserError(f"held_out = {held_out} is not a share of the documents: 0 <= held_out < 1")
+    check_share(held_out)
     corpus = as_corpus(documents)
     if held_out == 0:
         return corpus, Corpus([])
@@ -65,7 +87,7 @@ def split(documents: Sequence[Document], held_out: float) -> tuple[Sequence[Docu
     names = [file_of(corpus.origin(index)) for index in range(len(corpus))]
     if len(set(names)) == 1:
         names = [f"{name}#{index}" for index, name in enumerate(names)]
-    chosen = _choose(set(names), held_out)
+    chosen = choose_held_out(set(names), held_out)
     mask = np.array([name in chosen for name in names], dtype=bool)
     return corpus.select(np.flatnonzero(~mask)), corpus.select(np.flatnonzero(mask))
 
@@ -85,7 +107,7 @@ def sample_texts(documents: Sequence[Document], max_bytes: int) -> Iterator[str]
         yield sample.decode("utf-8", errors="ignore")
 
 
-def _match(source: str) -> list[Path]:
+def _match(source: str, built_in: Sequence[str]) -> list[Path]:
     exact = Path(source)
     if exact.is_dir():
         raise UserError(f"{source} is a directory: name its files, for example {exact.as_posix()}/**/*.txt")
@@ -93,7 +115,7 @@ def _match(source: str) -> list[Path]:
     # Links are not followed: a download cache links `train.parquet` to a file whose name says nothing.
     paths = [Path(os.path.abspath(path)) for path in found if path.is_file()]
     if not paths:
-        raise UserError(f"no file matches {source!r}: give a path, a glob, or one of {', '.join(EMBEDDED)}")
+        raise UserError(f"no file matches {source!r}: give a path, a glob, or one of {', '.join(built_in)}")
     return paths
 
 
@@ -114,18 +136,6 @@ def _read_file(path: Path, name: str, text_field: str, cache: Path | None) -> Sh
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     return Texts([Document(text, name)]) if text.strip() else None
-
-
-def _choose(names: set[str], held_out: float) -> set[str]:
-    """The names whose hash falls below the share, and at least one, but not all."""
-    ranked = sorted(names, key=_hash_fraction)
-    count = sum(_hash_fraction(name) < held_out for name in ranked)
-    return set(ranked[: min(max(count, 1), len(ranked) - 1)])
-
-
-def _hash_fraction(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def _split_text(document: Document, held_out: float) -> tuple[Corpus, Corpus]:

@@ -7,10 +7,10 @@ reports each call to a counter on the internet unless an environment variable fo
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -19,29 +19,52 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from fulmen.config import UserError
-from fulmen.data.chat import render_chat
-from fulmen.data.documents import Document
+from fulmen.data.conversations import (
+    CAPTION,
+    IMAGES,
+    MESSAGES,
+    PREFERENCE,
+    captioned,
+    conversation,
+    preference,
+)
+from fulmen.data.documents import Document, PreferencePair
 
-MESSAGES = "messages"
+IMAGE_FIELDS = (CAPTION[0], IMAGES)
+
+
+Convert: TypeAlias = Callable[[Mapping[str, Any], str, Path], Document | PreferencePair]
 
 
 class Table:
     """A shelf of documents: the rows with text of one file. All its rows are numbered, from 1; blank lines are none."""
 
-    def __init__(self, dataset: datasets.Dataset, field: str, rows: np.ndarray, name: str, *, conversations: bool):
-        self._column = dataset.select_columns([field])
-        self._field = field
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        fields: Sequence[str],
+        rows: np.ndarray,
+        path: Path,
+        name: str,
+        convert: Convert,
+    ):
+        """fields: the columns that `convert` makes a document of, from (row, origin, the folder of `path`)."""
+        # Images as they lie in the file: `datasets` decodes those of a Parquet file that says that they are some.
+        raw = [field for field in fields if field in IMAGE_FIELDS and path.suffix == ".parquet"]
+        self._images = {field: dataset.data.column(field) for field in raw}
+        self._columns = dataset.select_columns([field for field in fields if field not in raw])
         self._rows = rows
+        self._folder = path.parent
         self._name = name
-        self._conversations = conversations
+        self._convert = convert
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, row: int) -> Document:
-        value = self._column[int(self._rows[row])][self._field]
-        origin = self.origin(row)
-        return _conversation(value, origin) if self._conversations else Document(value, origin)
+    def __getitem__(self, row: int) -> Document | PreferencePair:
+        number = int(self._rows[row])
+        images = {field: column[number].as_py() for field, column in self._images.items()}
+        return self._convert(self._columns[number] | images, self.origin(row), self._folder)
 
     def origin(self, row: int) -> str:
         return f"{self._name}#{self._rows[row] + 1}"
@@ -56,12 +79,35 @@ def read_table(path: Path, name: str, text_field: str, cache: Path | None) -> Ta
     dataset = _load(path, cache)
     if dataset is None:
         return None
-    field = _choose_field(path, dataset, text_field)
-    column = dataset.data.column(field)
-    if field == MESSAGES and not (text_field == MESSAGES and _is_text(column)):
-        _check_present(path, dataset, field, column)
-        return Table(dataset, field, np.arange(len(dataset)), name, conversations=True)
-    return Table(dataset, field, _rows_with_text(path, dataset, field, column), name, conversations=False)
+    fields = _choose_fields(path, dataset, text_field)
+    column = dataset.data.column(fields[-1])  # the text's, where there is one
+    if fields == [MESSAGES] and not (text_field == MESSAGES and _is_text(column)):
+        return _whole(path, dataset, fields, name, conversation)
+    if fields == list(CAPTION):
+        _check_present(path, dataset, CAPTION[0], dataset.data.column(CAPTION[0]))
+        return Table(dataset, fields, _rows_with_text(path, dataset, fields[-1], column), path, name, captioned)
+
+    def convert(row: Mapping[str, Any], origin: str, folder: Path) -> Document:
+        return Document(row[fields[0]], origin)
+
+    return Table(dataset, fields, _rows_with_text(path, dataset, fields[-1], column), path, name, convert)
+
+
+def read_pairs(path: Path, name: str, cache: Path | None) -> Table | None:
+    """The preference pairs of one file with `messages`, `chosen` and `rejected`; else like `read_table`."""
+    dataset = _load(path, cache)
+    if dataset is None:
+        return None
+    _check_columns(path, dataset, PREFERENCE)
+    return _whole(path, dataset, list(PREFERENCE), name, preference)
+
+
+def _whole(path: Path, dataset: datasets.Dataset, fields: list[str], name: str, convert: Convert) -> Table:
+    """All rows, with their `images` if there are any; none may lack one of the fields."""
+    for field in fields:
+        _check_present(path, dataset, field, dataset.data.column(field))
+    found = [*fields, IMAGES] if IMAGES in dataset.column_names else fields
+    return Table(dataset, found, np.arange(len(dataset)), path, name, convert)
 
 
 def _load(path: Path, cache: Path | None) -> datasets.Dataset | None:
@@ -110,12 +156,21 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _choose_field(path: Path, dataset: datasets.Dataset, text_field: str) -> str:
-    for field in (text_field, MESSAGES):
-        if field in dataset.column_names:
-            return field
-    fields = ", ".join(dataset.column_names)
-    raise UserError(f"{path}, row 1 has no field {text_field!r} nor {MESSAGES!r}: name one of its fields ({fields})")
+def _choose_fields(path: Path, dataset: datasets.Dataset, text_field: str) -> list[str]:
+    """The text's field, else that of the conversations, else those of a captioned picture."""
+    for fields in ((text_field,), (MESSAGES,), CAPTION):
+        if set(fields) <= set(dataset.column_names):
+            return list(fields)
+    raise UserError(
+        f"{path}, row 1 has no field {text_field!r} nor {MESSAGES!r} nor {' and '.join(map(repr, CAPTION))}: "
+        f"name one of its fields ({', '.join(dataset.column_names)})"
+    )
+
+
+def _check_columns(path: Path, dataset: datasets.Dataset, fields: Sequence[str]) -> None:
+    for field in fields:
+        if field not in dataset.column_names:
+            _raise_missing(f"{path}, row 1", field, dataset.column_names)
 
 
 def _rows_with_text(path: Path, dataset: datasets.Dataset, field: str, column: pyarrow.ChunkedArray) -> np.ndarray:
@@ -144,8 +199,8 @@ def _check_present(path: Path, dataset: datasets.Dataset, field: str, column: py
         return
     if path.suffix == ".jsonl":
         _raise_first_fault(path, field)
-    row = dataset[int(missing[0])]
-    _raise_missing(f"{path}, row {missing[0] + 1}", field, [key for key, value in row.items() if value is not None])
+    present = [name for name in dataset.column_names if dataset.data.column(name)[int(missing[0])].is_valid]
+    _raise_missing(f"{path}, row {missing[0] + 1}", field, present)
 
 
 def _check_begins_with_object(path: Path) -> None:
@@ -191,12 +246,3 @@ def _check_line(where: str, line: bytes, offset: int, field: str | None) -> None
 
 def _raise_missing(where: str, field: str, fields: list[str]) -> None:
     raise UserError(f"{where} has no field {field!r}: its fields are {', '.join(fields) or 'none'}")
-
-
-def _conversation(messages: Any, origin: str) -> Document:
-    if not isinstance(messages, list):
-        raise UserError(f"{origin}: field {MESSAGES!r} is {messages!r}, not a list of messages")
-    try:
-        return Document(render_chat(messages, generate=False), origin, tuple(messages))
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None

@@ -1,10 +1,11 @@
-"""What a text model is made of, the named sizes, and what they cost in parameters and memory."""
+"""What a model is made of, the named sizes, and what they cost in parameters and memory."""
 
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from fulmen.config import UserError
+from fulmen.data.images import ImageProcessor
 
 LIGHTNING, SOFTMAX = "L", "S"
 
@@ -145,6 +146,87 @@ class ModelConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A ViT whose image is a square of `image_size` pixels (minimax-01.md section 12)."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_size: int
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} of an encoder must be at least 1, got {getattr(self, name)}")
+        for whole, part in (("image_size", "patch_size"), ("hidden_size", "num_heads")):
+            if getattr(self, whole) % getattr(self, part):
+                raise UserError(
+                    f"{whole} {getattr(self, whole)} of an encoder must be a multiple of {part} {getattr(self, part)}"
+                )
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of the image."""
+        return self.image_size // self.patch_size
+
+    def processor(self, *, dynamic: bool = True) -> ImageProcessor:
+        """What makes its input of an image."""
+        return ImageProcessor(crop_size=self.image_size, patch_size=self.patch_size, dynamic=dynamic)
+
+    def count_parameters(self) -> int:
+        """Counted from the shapes; nothing is allocated."""
+        hidden = self.hidden_size
+        embeddings = hidden * (1 + 3 * self.patch_size**2 + self.side**2 + 1)
+        layer = 4 * (hidden + 1) * hidden + 2 * hidden * self.mlp_size + self.mlp_size + hidden + 4 * hidden
+        return embeddings + 2 * hidden + self.num_layers * layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionLanguageConfig:
+    """An encoder's features, projected, in the place of the tokens `image_token` of a text model's prompt."""
+
+    text: ModelConfig
+    vision: VisionConfig
+    image_token: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.image_token < self.text.vocab_size:
+            raise UserError(f"image_token must be one of the model's {self.text.vocab_size}, got {self.image_token}")
+
+    @classmethod
+    def preset(cls, name: str) -> "VisionLanguageConfig":
+        """A named size."""
+        if name not in VISION_LANGUAGE_SIZES:
+            sizes = ", ".join(VISION_LANGUAGE_SIZES)
+            raise UserError(f"no vision-language model size named {name!r}; there are {sizes}")
+        size = VISION_LANGUAGE_SIZES[name]
+        text = ModelConfig.preset(size["text"])
+        return cls(text=text, vision=VisionConfig(**size["vision"]), image_token=size["image_token"])
+
+    def weight_bytes(self, dtype: str, rest: str = "bfloat16") -> int:
+        """As of `ModelConfig`; encoder and projector have the dtype of what int8 leaves."""
+        kept = DTYPE_BYTES[rest if dtype == "int8" else dtype]
+        return self.text.weight_bytes(dtype, rest) + self.count_vision_parameters() * kept
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        return self.text.max_positions
+
+    def count_vision_parameters(self) -> int:
+        """Of encoder, projector and newline, which are not the text model's."""
+        hidden = self.text.hidden_size
+        projector = (self.vision.hidden_size + 1) * hidden + (hidden + 1) * hidden
+        return self.vision.count_parameters() + projector + hidden
+
+
 def _ladder(hidden: int, layers: int, head_dim: int, expert: int, experts: int) -> dict:
     """A size of the scaling study as hybrid mixture of experts; its name says its total parameters."""
     heads = hidden // head_dim
@@ -195,3 +277,19 @@ SIZES = {
 
 PRESETS = {name: ModelConfig(**fields) for name, fields in SIZES.items()}
 """The named sizes."""
+
+VISION_LANGUAGE_SIZES = {
+    "tiny-vl": dict(
+        text="tiny",
+        vision=dict(image_size=112, hidden_size=192, num_layers=6, num_heads=6, mlp_size=768),
+        image_token=4095,
+    ),
+    "minimax-vl-01": dict(
+        text="minimax-text-01",
+        vision=dict(hidden_size=1024, num_layers=24, num_heads=16, mlp_size=4096),
+        image_token=200_025,
+    ),
+}
+
+VISION_LANGUAGE_PRESETS = {name: VisionLanguageConfig.preset(name) for name in VISION_LANGUAGE_SIZES}
+"""The named sizes of vision-language models."""

@@ -35,6 +35,13 @@ class TrainingLoss(NamedTuple):
     routing: list[Routing]  # of each layer
 
 
+class Inserted(NamedTuple):
+    """Vectors that stand in place of some tokens' embeddings."""
+
+    places: Tensor  # [N] int64, in the tokens [B, T] laid end to end
+    vectors: Tensor  # [N, hidden]
+
+
 class LanguageModel(nn.Module):
     """A MiniMax-01 text model of any size (arXiv:2501.08313, section 2).
 
@@ -90,15 +97,17 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         capacity_factor: float | None = None,
         checkpoint_layers: bool = False,
+        inserted: Inserted | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """The normed output of the last layer [B, T, hidden], and each layer's routing; arguments as for `forward`.
 
-        `capacity_factor` turns token-drop on; `checkpoint_layers` keeps only each layer's input for the backward pass.
+        `inserted` takes the place of what some tokens would be embedded as. `capacity_factor` turns token-drop on;
+        `checkpoint_layers` keeps only each layer's input for the backward pass.
         """
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()  # its layers look at the borders on the host; here a GPU is waited for once
         self._check(tokens, cache, cu_seqlens)
-        x, routings = self._embed(tokens), []
+        x, routings = self._embed(tokens, inserted), []
         if cache is not None and (decoded := decode_step(self, x, cache)):
             return decoded
         positions = _positions(tokens, cu_seqlens) if cache is None else cache.positions(tokens)
@@ -112,9 +121,12 @@ class LanguageModel(nn.Module):
             cache.advance(tokens.shape[1])
         return self.norm(x), routings
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, inserted: Inserted | None) -> Tensor:
         """[B, T, hidden]; a GPU keeps what goes from layer to layer in autocast's dtype, and each sum of it in fp32."""
         x = self.embed_tokens(tokens)
+        if inserted is not None:
+            vectors = inserted.vectors.to(x.dtype)
+            x = x.flatten(0, 1).index_copy(0, inserted.places, vectors).view_as(x)
         return x.to(product_dtype(x)) if x.is_cuda else x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -129,10 +141,15 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         capacity_factor: float | None = None,
         checkpoint_layers: bool = False,
+        inserted: Inserted | None = None,
     ) -> TrainingLoss:
         """Cross-entropy of targets [B, T] int64 (-100: none) and the balance loss, without holding all logits."""
         hidden, routing = self.hidden(
-            tokens, cu_seqlens=cu_seqlens, capacity_factor=capacity_factor, checkpoint_layers=checkpoint_layers
+            tokens,
+            cu_seqlens=cu_seqlens,
+            capacity_factor=capacity_factor,
+            checkpoint_layers=checkpoint_layers,
+            inserted=inserted,
         )
         nll = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
         balance = torch.stack([balance_loss(r) for r in routing]).mean()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fulmen.model.decoder import LanguageModel
+from fulmen.model.vision_language import VisionLanguageModel
 from fulmen.ops.int8 import quantize_rows
 
 NAMES = {"weight": "scales", "w13": "s13", "w2": "s2"}
@@ -15,8 +16,13 @@ def rest_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
-def int8_matrices(model: LanguageModel) -> dict[str, tuple[nn.Module, str]]:
-    """By the names of parameters that may be int8: their modules, and what they are called there."""
+def int8_matrices(model: LanguageModel | VisionLanguageModel) -> dict[str, tuple[nn.Module, str]]:
+    """By the names of parameters that may be int8: their modules, and what they are called there.
+
+    Of a vision-language model it is those of its text model.
+    """
+    if isinstance(model, VisionLanguageModel):
+        return {f"language_model.{name}": place for name, place in int8_matrices(model.language_model).items()}
     found = {}
     for index, layer in enumerate(model.layers):
         parts = {f"self_attn.{name}": child for name, child in layer.self_attn.named_children() if name != "norm"}
@@ -38,7 +44,7 @@ def allocate_int8(module: nn.Module, matrix: str, device: torch.device | str) ->
 
 
 @torch.no_grad()
-def quantize_(model: LanguageModel) -> None:
+def quantize_(model: LanguageModel | VisionLanguageModel) -> None:
     """Round a model's projections and experts to int8 in place; it takes no gradients from then on.
 
     Raises ValueError if a weight is not finite.

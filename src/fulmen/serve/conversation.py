@@ -1,10 +1,12 @@
 """Turns of user and assistant."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from fulmen.data import encode_chat
 from fulmen.serve.engine import Engine
 from fulmen.serve.params import SamplingParams
+from fulmen.serve.prompt import Prompt
 from fulmen.serve.types import Piece
 
 
@@ -14,18 +16,20 @@ class Conversation:
     def __init__(self, engine: Engine, *, system: str | None = None):
         self.engine = engine
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self._ids = encode_chat(engine.tokenizer, self.messages, generate=False) if self.messages else []
+        self._said = Prompt(encode_chat(engine.tokenizer, self.messages, generate=False) if self.messages else [])
 
-    def reply(self, text: str, params: SamplingParams) -> Iterator[str]:
+    def reply(self, text: str, params: SamplingParams, images: Sequence[Any] = ()) -> Iterator[str]:
         """The assistant's answer to the user's text, streamed. Both are kept once the answer ends or is left.
 
-        Raises UserError at once for a tokenizer without the tokens of a chat and where the positions do not suffice.
+        images: shown before the text, each as `fulmen.data.images_of` takes it.
+        Raises UserError at once for a tokenizer without the tokens of a chat, where the positions do not suffice, for
+        what is no image, and for images where the model takes none.
         """
-        question = {"role": "user", "content": text}
-        prompt = self._ids + encode_chat(self.engine.tokenizer, [question])
+        question = user_turn(text, images)
+        prompt = self._said + self.engine.encode_chat([question])
         return self._answer(question, prompt, self.engine.stream(prompt, params))
 
-    def _answer(self, question: dict[str, str], prompt: list[int], pieces: Iterator[Piece]) -> Iterator[str]:
+    def _answer(self, question: dict[str, Any], prompt: Prompt, pieces: Iterator[Piece]) -> Iterator[str]:
         answer, tokens = "", []
         try:
             for piece in pieces:
@@ -36,7 +40,7 @@ class Conversation:
             pieces.close()
             if tokens:
                 self.messages += [question, {"role": "assistant", "content": answer}]
-                self._ids = prompt + self._spoken(answer, tokens)
+                self._said = prompt + Prompt(self._spoken(answer, tokens))
 
     def _spoken(self, answer: str, tokens: list[int]) -> list[int]:
         """The ids of an answer and of the end of its turn."""
@@ -48,3 +52,13 @@ class Conversation:
         if tokenizer.decode(tokens) != answer:
             tokens = tokenizer.encode(answer)
         return [*tokens, tokenizer.eos_id, *tokenizer.encode("\n")]
+
+
+def user_turn(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
+    """A user's message with images, which come first, as the model was trained."""
+    if not images:
+        return {"role": "user", "content": text}
+    return {
+        "role": "user",
+        "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}],
+    }

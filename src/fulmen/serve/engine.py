@@ -3,22 +3,24 @@
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fulmen.checkpoint import find_checkpoint, load_config, load_generation_config, load_model
 from fulmen.config import UserError
-from fulmen.data import Tokenizer
-from fulmen.model import LanguageModel
+from fulmen.data import Tokenizer, encode_chat, images_of
+from fulmen.model import LanguageModel, VisionLanguageModel
 from fulmen.model.graph import BUCKETS
 from fulmen.run import Progress
 from fulmen.serve import scheduler as policy
 from fulmen.serve.memory import plan_for_config, plan_for_model
 from fulmen.serve.plan import EngineSettings, MemoryPlan
+from fulmen.serve.prompt import Prompt
 from fulmen.serve.runner import Runner
 from fulmen.serve.sampling import Draw, Drawn, SamplingParams, sample
 from fulmen.serve.structure import Grammars
@@ -42,7 +44,7 @@ class _Answer:
 @dataclass(eq=False)
 class _Request:
     number: int
-    prompt: list[int]
+    prompt: Prompt
     params: SamplingParams
     limit: int  # tokens of prompt and answer
     answers: dict[int, _Answer] = field(default_factory=dict)  # those that are being made
@@ -54,7 +56,7 @@ class Engine:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageModel | VisionLanguageModel,
         tokenizer: Tokenizer,
         settings: EngineSettings | None = None,
         *,
@@ -65,9 +67,13 @@ class Engine:
 
         Raises UserError if that is too little.
         """
-        self.settings = (settings or EngineSettings()).on(model.embed_tokens.weight.device.type)
+        sees = isinstance(model, VisionLanguageModel)
+        self.model = model.language_model if sees else model
+        self.image_token = model.config.image_token if sees else None
+        self.image_processor = model.config.vision.processor() if sees else None
+        self.settings = (settings or EngineSettings()).on(self.model.embed_tokens.weight.device.type)
         self.plan = plan or plan_for_model(model, self.settings)
-        self.tokenizer, self.model = tokenizer, model
+        self.tokenizer = tokenizer
         own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self.eos_ids = frozenset(own if eos_ids is None else eos_ids)
         self.runner = Runner(model, self.plan)
@@ -122,10 +128,27 @@ class Engine:
         start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         return start + self.tokenizer.encode(text)
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> int:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        """A conversation's prompt, with the images in its messages (see `fulmen.data.encode_chat`).
+
+        Raises UserError for what is no conversation or no image, and for images where the model takes none.
+        """
+        return self.with_images(encode_chat(self.tokenizer, messages), images_of(messages))
+
+    def with_images(self, tokens: list[int], sources: Sequence[Any]) -> Prompt:
+        """Tokens with one image token for each of the images that are read from `sources`."""
+        if not sources:
+            return Prompt(tokens)
+        if self.image_processor is None:
+            raise UserError("this model takes no images")
+        images = [self.image_processor.read(source) for source in sources]
+        return Prompt.with_images(tokens, images, self.image_token)
+
+    def check(self, prompt: Prompt | Sequence[int], params: SamplingParams) -> int:
         """Tokens that an answer may have; raises UserError for what can never be served."""
+        prompt = Prompt.of(prompt)
         room = self.plan.max_context - len(prompt)
-        if not prompt:
+        if not len(prompt):
             raise UserError("the prompt is empty")
         if room < 1:
             raise UserError(
@@ -133,18 +156,29 @@ class Engine:
                 "the answer needs at least one"
             )
         size = self.model.config.vocab_size
-        if not 0 <= min(prompt) <= max(prompt) < size:
+        if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < size:
             raise UserError(f"the prompt has a token that is not in 0 to {size - 1}, the model's")
+        self._check_images(prompt)
         params.check_vocabulary(size)
         if params.structure is not None:
             self._grammars.matcher(params.structure, self.eos_ids)
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, request: int | None = None) -> int:
+    def _check_images(self, prompt: Prompt) -> None:
+        if self.image_token is None:
+            if prompt.images:
+                raise UserError("this model takes no images")
+            return
+        marked = prompt.tokens.count(self.image_token)
+        if marked != sum(placed.count for placed in prompt.images):
+            raise UserError(f"the prompt has {marked} image tokens that stand for no image")
+
+    def submit(self, prompt: Prompt | Sequence[int], params: SamplingParams, *, request: int | None = None) -> int:
         """Let a request wait for its turn; gives back its number. Raises UserError like `check`."""
+        prompt = Prompt.of(prompt)
         limit = len(prompt) + self.check(prompt, params)
         number = next(self._numbers) if request is None else request
-        self._requests[number] = asked = _Request(number, list(prompt), params, limit)
+        self._requests[number] = asked = _Request(number, prompt, params, limit)
         self._begin(asked, 0)
         return number
 
@@ -153,7 +187,7 @@ class Engine:
         asked = self._requests.pop(request, None)
         for answer in asked.answers.values() if asked else ():
             self.scheduler.abort(answer.sequence)
-            del self._answers[answer.sequence]
+            self._forget(answer.sequence)
 
     def step(self) -> list[tuple[int, Piece]]:
         """Compute one step; gives back what came out of it, with the requests' numbers.
@@ -177,21 +211,21 @@ class Engine:
             self._start_over()
             raise
 
-    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt | Sequence[int], params: SamplingParams) -> Iterator[Piece]:
         """The pieces of one request's answers; leaving it early aborts the request. Raises UserError at once."""
         return self._stream(self.submit(prompt, params), params.n)
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams, *, progress: bool = False
+        self, prompts: Sequence[str | Prompt | Sequence[int]], params: SamplingParams, *, progress: bool = False
     ) -> list[Completion]:
-        """All answers to all prompts (text or token ids), in their order; `progress` shows how far it is.
+        """All answers to all prompts (text, token ids, or with images), in their order; `progress` shows how far it is.
 
         Raises UserError before anything is computed if one of them can never be served.
         """
-        ids = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        ids = [Prompt.of(self.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in prompts]
         for prompt in ids:
             self.check(prompt, params)
-        completions = {self.submit(prompt, params): Completion.of(prompt, params.n) for prompt in ids}
+        completions = {self.submit(prompt, params): Completion.of(prompt.tokens, params.n) for prompt in ids}
         try:
             with Progress("generate", len(ids), file=sys.stderr) if progress else nullcontext() as bar:
                 while self.has_work:
@@ -217,11 +251,13 @@ class Engine:
             self.abort(number)
 
     def _begin(self, request: _Request, index: int) -> None:
-        sequence = policy.Sequence(tokens=list(request.prompt), prompt_length=len(request.prompt))
+        sequence = policy.Sequence(tokens=request.prompt.keys(), prompt_length=len(request.prompt))
+        if self.runner.images is not None:
+            self.runner.images.add(sequence, request.prompt.images)
         matcher = None
         if request.params.structure is not None:
             matcher = self._grammars.matcher(request.params.structure, self.eos_ids)
-        draw = Draw(request.params, request.prompt, index=index, matcher=matcher)
+        draw = Draw(request.params, request.prompt.tokens, index=index, matcher=matcher)
         answer = _Answer(request, index, sequence, draw, TextStream(self.tokenizer, request.params, self.eos_ids))
         request.answers[index] = self._answers[sequence] = answer
         self.scheduler.add(sequence)
@@ -230,6 +266,8 @@ class Engine:
         step = self.scheduler.schedule()
         sequences, logits = self.runner.run(step)
         self.scheduler.finish_step(step)
+        if self.runner.images is not None:
+            self.runner.images.release()
         if not sequences:
             return []
         answers = [self._answers[sequence] for sequence in sequences]
@@ -266,10 +304,16 @@ class Engine:
     def _end(self, answer: _Answer) -> None:
         request = answer.request
         self.scheduler.finish(answer.sequence)
-        del self._answers[answer.sequence], request.answers[answer.index]
+        self._forget(answer.sequence)
+        del request.answers[answer.index]
         request.ended.add(answer.index)
         if len(request.ended) == request.params.n:
             del self._requests[request.number]
+
+    def _forget(self, sequence: policy.Sequence) -> None:
+        del self._answers[sequence]
+        if self.runner.images is not None:
+            self.runner.images.forget(sequence)
 
     def _new_scheduler(self) -> policy.Scheduler:
         plan, settings = self.plan, self.settings
@@ -288,7 +332,8 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self.scheduler.counts = counts
         self._requests.clear()
-        self._answers.clear()
+        for sequence in list(self._answers):
+            self._forget(sequence)
 
 
 def _first_lengths(device: str, slots: int, chunk_tokens: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from fulmen.model import LanguageModel, ModelConfig
+from fulmen.model import LanguageModel, ModelConfig, VisionLanguageConfig, VisionLanguageModel
 from fulmen.model.int8 import rest_dtype
 from fulmen.model.pool import CachePool, PoolBatch
 from fulmen.run.memory import available_memory
@@ -12,7 +12,9 @@ SHARE = {"cuda": 0.9, "cpu": 0.25}
 """Of the memory that is free beside the weights, where nobody says how much to use: a CPU's is for others too."""
 
 
-def plan_for_config(config: ModelConfig, settings: EngineSettings, *, device: str, dtype: torch.dtype) -> MemoryPlan:
+def plan_for_config(
+    config: ModelConfig | VisionLanguageConfig, settings: EngineSettings, *, device: str, dtype: torch.dtype
+) -> MemoryPlan:
     """The plan for a model that is not loaded yet; activations are an estimate. UserError if it cannot be served."""
     is_int8 = dtype == torch.int8
     rest = rest_dtype(device) if is_int8 else dtype
@@ -22,16 +24,17 @@ def plan_for_config(config: ModelConfig, settings: EngineSettings, *, device: st
     return plan_memory(config, settings, budget=budget, device=device, **sizes)
 
 
-def plan_for_model(model: LanguageModel, settings: EngineSettings) -> MemoryPlan:
+def plan_for_model(model: LanguageModel | VisionLanguageModel, settings: EngineSettings) -> MemoryPlan:
     """The plan for a loaded model; on a GPU the activations are measured. UserError if it cannot be served."""
-    weight = model.embed_tokens.weight
+    text = model.language_model if isinstance(model, VisionLanguageModel) else model
+    weight = text.embed_tokens.weight
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return plan_memory(
         model.config,
         settings,
         budget=settings.memory or _budget(weight.device, free_memory(weight.device) + weights, weights),
         weights=weights,
-        activations=measure_activations(model, settings) if weight.is_cuda else None,
+        activations=measure_activations(text, settings) if weight.is_cuda else None,
         number_bytes=weight.element_size(),
         is_int8=any(parameter.dtype == torch.int8 for parameter in model.parameters()),
         device=weight.device.type,

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fulmen.config import UserError
-from fulmen.model import ModelConfig
+from fulmen.data.images import GRIDS
+from fulmen.model import ModelConfig, VisionLanguageConfig
 from fulmen.model.config import LIGHTNING, SOFTMAX
+from fulmen.model.vision_language import CROPS_AT_ONCE
 from fulmen.ops.softmax.paged import TOGETHER
 
 GB = 10**9
@@ -115,6 +117,15 @@ def estimate_activations(
     return tokens * (attention + experts) * max(number_bytes, 4) + logits + copied
 
 
+def image_bytes(config: VisionLanguageConfig, number_bytes: int) -> int:
+    """Of one image that is encoded, some crops at a time, and the features of the largest."""
+    vision = config.vision
+    tokens = CROPS_AT_ONCE * (vision.side**2 + 1)
+    encoding = tokens * (6 * vision.hidden_size + 2 * vision.mlp_size) * max(number_bytes, 4)
+    patches = vision.side**2 * (1 + max(rows * columns for rows, columns in GRIDS))
+    return encoding + 2 * patches * config.text.hidden_size * number_bytes
+
+
 def gathered_bytes(config: ModelConfig, context: int, number_bytes: int) -> int:
     """Of one softmax layer's keys and values where a piece of a prompt continues sequences of a context."""
     tokens = max(context, TOGETHER) if SOFTMAX in config.layers else 0
@@ -122,7 +133,7 @@ def gathered_bytes(config: ModelConfig, context: int, number_bytes: int) -> int:
 
 
 def plan_memory(
-    config: ModelConfig,
+    config: ModelConfig | VisionLanguageConfig,
     settings: EngineSettings,
     *,
     budget: int,
@@ -146,9 +157,10 @@ def plan_memory(
     Raises:
         UserError: one sequence of the longest context does not fit; it says what would.
     """
+    config, images = _text_and_images(config, number_bytes)
     settings = _settled(settings, config, device)
     slot, page = slot_bytes(config), page_bytes(config, settings.page_size, number_bytes)
-    sizes = _Sizes(config, weights, activations, number_bytes, is_int8)
+    sizes = _Sizes(config, weights, activations, images, number_bytes, is_int8)
     longest, activations, rest = sizes.one_sequence(settings, budget)
     if not longest:
         raise UserError(_refusal(sizes, settings, budget))
@@ -182,6 +194,13 @@ def plan_memory(
     )
 
 
+def _text_and_images(config: ModelConfig | VisionLanguageConfig, number_bytes: int) -> tuple[ModelConfig, int]:
+    """The text model's sizes, and the bytes that images take beside it."""
+    if isinstance(config, VisionLanguageConfig):
+        return config.text, image_bytes(config, number_bytes)
+    return config, 0
+
+
 def _settled(settings: EngineSettings, config: ModelConfig, device: str) -> EngineSettings:
     if settings.max_context is not None and settings.max_context > config.max_positions:
         raise UserError(f"max_context {settings.max_context} exceeds the model's {config.max_positions} positions")
@@ -195,6 +214,7 @@ class _Sizes:
     config: ModelConfig
     weights: int
     activations: int | None
+    images: int
     number_bytes: int
     is_int8: bool
 
@@ -219,7 +239,7 @@ class _Sizes:
         found = self.activations
         if found is None:
             found = estimate_activations(self.config, settings, self.number_bytes, self.is_int8)
-        return found + gathered_bytes(self.config, context, self.number_bytes)
+        return found + self.images + gathered_bytes(self.config, context, self.number_bytes)
 
     def enough(self, settings: EngineSettings, budget: int) -> int:
         """The least budget that does, where `budget` does not."""

@@ -5,8 +5,9 @@ from collections.abc import Sequence as List
 import torch
 from torch import Tensor
 
-from fulmen.model import LanguageModel
+from fulmen.model import LanguageModel, VisionLanguageModel
 from fulmen.model.pool import CachePool, PoolBatch
+from fulmen.serve.features import ImageFeatures
 from fulmen.serve.plan import MemoryPlan
 from fulmen.serve.scheduler import Sequence, Step
 
@@ -14,14 +15,15 @@ from fulmen.serve.scheduler import Sequence, Step
 class Runner:
     """Computes what it is told to; decides nothing."""
 
-    def __init__(self, model: LanguageModel, plan: MemoryPlan):
-        self.model = model.eval()
-        weight = model.embed_tokens.weight
+    def __init__(self, model: LanguageModel | VisionLanguageModel, plan: MemoryPlan):
+        self.images = ImageFeatures(model.eval()) if isinstance(model, VisionLanguageModel) else None
+        self.model = model if self.images is None else model.language_model
+        weight = self.model.embed_tokens.weight
         self.device = weight.device
         # Snapshot n lies behind the slots, as one more.
         self._first_snapshot = plan.slots
         self.pool = CachePool(
-            model.config,
+            self.model.config,
             slots=plan.slots + plan.snapshots,
             pages=plan.pages,
             page_size=plan.page_size,
@@ -77,5 +79,9 @@ class Runner:
             starts=[sequence.computed for sequence in sequences],
             lengths=lengths,
         )
-        hidden, _ = self.model.hidden(torch.tensor([tokens], device=self.device), cache=batch)
+        inserted = None
+        if self.images is not None:
+            inserted = self.images.insert(sequences, lengths)
+            tokens = [max(token, 0) for token in tokens]  # an image's are negative, and are not looked up
+        hidden, _ = self.model.hidden(torch.tensor([tokens], device=self.device), cache=batch, inserted=inserted)
         return hidden[0]

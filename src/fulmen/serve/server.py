@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from fulmen.serve.api.app import create_app
+from fulmen.serve.api.images import MAX_IMAGES, ImageReader
 from fulmen.serve.engine import Engine
 from fulmen.serve.service import Service
 
@@ -64,19 +65,28 @@ async def serve(
     model_name: str,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    max_images: int = MAX_IMAGES,
+    allow_image_urls: bool = False,
     grace: float = 30.0,
     when_ready: Callable[[], None] = lambda: None,
 ) -> int | None:
     """Answer requests at a bound socket until SIGTERM or SIGINT, whose number it gives back.
 
-    grace: seconds that answers have to end then. when_ready: called when requests are taken.
+    max_images: of a request, where the model takes any. allow_image_urls: whether images may be fetched from public
+    addresses. grace: seconds that answers have to end then. when_ready: called when requests are taken.
     """
     engine.warm_up()
+    images = None
+    if engine.image_processor is not None:
+        images = ImageReader(
+            engine.image_processor, engine.image_token, max_images=max_images, allow_urls=allow_image_urls
+        )
     async with Service(engine) as service:
         app = create_app(
             service,
             model_name=model_name,
             tokenizer=engine.tokenizer,
+            images=images,
             api_key=api_key,
             cors_origins=cors_origins,
             render_metrics=service.metrics.render,

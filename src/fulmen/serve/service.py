@@ -10,17 +10,22 @@ from collections.abc import Sequence
 from fulmen.run.threads import release_openmp_threads
 from fulmen.serve.engine import Engine
 from fulmen.serve.metrics import Metrics
+from fulmen.serve.prompt import Prompt
 from fulmen.serve.sampling import SamplingParams
 from fulmen.serve.types import Piece, QueueFull
 
 LOG = logging.getLogger(__name__)
 
+MAX_PIXELS = 2 * 1024**3
+"""Bytes of pixels that all requests may hold together, from their coming to their end."""
+
 
 class Answers:
     """The pieces of a request's answers as they come; `aclose` ends it early and frees its memory."""
 
-    def __init__(self, service: "Service", request: int, count: int):
+    def __init__(self, service: "Service", request: int, count: int, pixels: int):
         self._service, self._request, self._awaited = service, request, count
+        self.pixels = pixels  # bytes
         self.open = set(range(count))  # answers whose last piece is not here yet
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
 
@@ -79,21 +84,32 @@ class Service:
     async def __aexit__(self, *error) -> None:
         await self.stop(grace=0)
 
-    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Answers:
-        """The answers to a prompt of token ids, of the event loop that the service was entered in.
+    def stream(self, prompt: Prompt | Sequence[int], params: SamplingParams) -> Answers:
+        """The answers to a prompt, of the event loop that the service was entered in.
 
-        Raises UserError for what can never be served, QueueFull where too many wait.
+        Raises UserError for what can never be served, QueueFull where too many wait or their images are too many.
         """
+        prompt = Prompt.of(prompt)
         self.engine.check(prompt, params)
+        pixels = sum(placed.image.pixels.nbytes for placed in prompt.images)
         waiting = len(self._answers) - len(self._begun)
-        if not self.ready or waiting >= self.engine.settings.max_waiting + self.engine.plan.slots:
+        if (
+            not self.ready
+            or waiting >= self.engine.settings.max_waiting + self.engine.plan.slots
+            or self._fills(pixels)
+        ):
             raise QueueFull(retry_after=1 + waiting // max(1, self.engine.plan.slots))
         request = next(self._numbers)
-        answers = self._answers[request] = Answers(self, request, params.n)
+        answers = self._answers[request] = Answers(self, request, params.n, pixels)
         self.metrics.begin(request)
         self._idle.clear()
-        self._inbox.put((request, list(prompt), params))
+        self._inbox.put((request, prompt, params))
         return answers
+
+    def _fills(self, pixels: int) -> bool:
+        """Whether so many bytes are too many beside the others' images. Alone, a request may have any number."""
+        others = sum(answers.pixels for answers in self._answers.values()) if pixels else 0
+        return others > 0 and others + pixels > MAX_PIXELS
 
     async def stop(self, grace: float) -> None:
         """Take no more requests, end those that run within `grace` seconds, then break off the others."""
@@ -162,7 +178,7 @@ class Service:
             if pieces:
                 self._loop.call_soon_threadsafe(self._deliver, pieces)
 
-    def _take(self, request: int, prompt: list[int] | None, params: SamplingParams | None) -> None:
+    def _take(self, request: int, prompt: Prompt | None, params: SamplingParams | None) -> None:
         if prompt is None:
             self.engine.abort(request)
             return

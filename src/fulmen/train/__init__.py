@@ -1,4 +1,4 @@
-"""Training: the recipe's sections, schedules, optimizer, the loop, and a run from recipe to checkpoint."""
+"""Training: the recipe's sections, schedules, optimizer, objectives, the loop, a run from recipe to checkpoint."""
 
 from fulmen.train.recipe import TrainRecipe
 from fulmen.train.run import train

@@ -23,7 +23,8 @@ ModelSection = dataclasses.make_dataclass(
 )
 
 
-def _check(section: object, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
+def check(section: object, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raise ValueError for the first of these fields that is infinite or for which `holds` is false."""
     for name in names:
         value = getattr(section, name)
         # TOML has nan, which no comparison holds for, and inf.
@@ -31,12 +32,22 @@ def _check(section: object, rule: str, holds: Callable[[Any], bool], *names: str
             raise ValueError(f"{name} must be {rule}, got {value}")
 
 
-def _at_least(section: object, least: int, *names: str) -> None:
-    _check(section, f"at least {least}", lambda value: value >= least, *names)
+def at_least(section: object, least: int, *names: str) -> None:
+    """`check` for fields with a smallest value."""
+    check(section, f"at least {least}", lambda value: value >= least, *names)
 
 
-def _above_zero(section: object, *names: str) -> None:
-    _check(section, "above 0", lambda value: value > 0, *names)
+def above_zero(section: object, *names: str) -> None:
+    """`check` for fields that are positive."""
+    check(section, "above 0", lambda value: value > 0, *names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionSection:
+    """How the model sees, if it does: a checkpoint or a preset that sees, or an encoder joined to a text model."""
+
+    init_from: str | None = None  # an encoder's checkpoint: the [model] is of text then, what joins the two is drawn
+    dynamic: bool = True  # cut images into crops at their own resolution; False: see the thumbnail alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +61,12 @@ class DataSection:
     sequence_length: int = 512  # longest sample; a longer document becomes several
     tokenizer: str | None = None  # a folder with tokenizer.json; None trains one on the sources
     tokenizer_sample_bytes: int = 4_000_000
+    train_on: Literal["all", "answers"] = "all"  # of conversations; "answers": what the assistant says, alone
+    text_sources: tuple[str, ...] = ()  # text that is mixed in, a sample before every `text_every` documents
+    text_every: int = 20
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "held_out_tokens", "sequence_length", "tokenizer_sample_bytes")
+        at_least(self, 1, "held_out_tokens", "sequence_length", "tokenizer_sample_bytes", "text_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,59 +81,82 @@ class OptimizerSection:
     clip: float = 1.0  # largest norm of the gradient of all parameters
 
     def __post_init__(self) -> None:
-        _above_zero(self, "learning_rate", "eps", "clip")
-        _at_least(self, 0, "weight_decay")
-        _check(self, "at least 0 and below 1", lambda value: 0 <= value < 1, "beta1", "beta2")
+        above_zero(self, "learning_rate", "eps", "clip")
+        at_least(self, 0, "weight_decay")
+        check(self, "at least 0 and below 1", lambda value: 0 <= value < 1, "beta1", "beta2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSection:
-    """How long, how large the batches, and the learning rate: warm-up, constant, decay (see `schedule.py`)."""
+    """How long, and the learning rate: warm-up, constant, decay (see `schedule.py`)."""
 
     steps: int
     warmup: int = 500
     decay: int = 0  # steps of decay at the end
     decay_shape: Literal["exponential", "linear"] = "exponential"
     final: float = 0.15  # last learning rate over the highest
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps")
+        at_least(self, 0, "warmup", "decay")
+        if self.warmup + self.decay > self.steps:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} exceed steps {self.steps}")
+        if not 0 < self.final <= 1:
+            raise ValueError(f"final must be above 0 and at most 1, got {self.final}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScheduleSection(ScheduleSection):
+    """How large the batches are besides, in tokens."""
+
     batch_tokens: int = 16384
     ramp: tuple[tuple[int, int], ...] = ()  # (tokens seen, batch_tokens from there on)
     micro_batch_tokens: int | None = None  # None: the whole batch at once
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "batch_tokens")
-        _at_least(self, 0, "warmup", "decay")
-        if self.warmup + self.decay > self.steps:
-            raise ValueError(f"warmup {self.warmup} and decay {self.decay} exceed steps {self.steps}")
-        if not 0 < self.final <= 1:
-            raise ValueError(f"final must be above 0 and at most 1, got {self.final}")
+        super().__post_init__()
+        at_least(self, 1, "batch_tokens")
         if any(a >= b for (a, _), (b, _) in pairwise(self.ramp)):
             raise ValueError(f"ramp must rise in tokens seen, got {[list(pair) for pair in self.ramp]}")
         if any(seen < 0 or tokens < 1 for seen, tokens in self.ramp):
             raise ValueError(f"ramp takes pairs of tokens seen and batch_tokens, got {[list(p) for p in self.ramp]}")
         if self.micro_batch_tokens is not None:
-            _at_least(self, 1, "micro_batch_tokens")
+            at_least(self, 1, "micro_batch_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSection:
-    """The loop itself."""
+class LoopSection:
+    """The loop itself, whatever it trains."""
 
     seed: int = 0
     device: str = "auto"  # "auto" takes CUDA where there is one
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; weights and states stay in float32
-    capacity_factor: float = 2.0  # an expert's room over its fair share; 0: nothing is ever dropped
-    balance: float = 0.01  # weight of the balance loss
-    checkpoint_layers: bool = False  # keep only each layer's input for the backward pass
     compile: bool = False
-    routing_every: int = 10  # steps between log lines with the experts' load
+    workers: int = 0  # processes that read what is trained on, and draw pictures, ahead of the steps
     evaluate_every: int = 0  # steps between held-out evaluations; 0: first and last only
     snapshot_every: int = 100
     keep_snapshots: int = 2
 
     def __post_init__(self) -> None:
-        _check(self, "at least 0 and below 2**63", lambda value: 0 <= value < 2**63, "seed")
-        _at_least(self, 0, "capacity_factor", "balance", "evaluate_every")
-        _at_least(self, 1, "routing_every", "snapshot_every", "keep_snapshots")
+        check(self, "at least 0 and below 2**63", lambda value: 0 <= value < 2**63, "seed")
+        at_least(self, 0, "workers", "evaluate_every")
+        at_least(self, 1, "snapshot_every", "keep_snapshots")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection(LoopSection):
+    """The loop over a mixture of experts."""
+
+    capacity_factor: float = 2.0  # an expert's room over its fair share; 0: nothing is ever dropped
+    balance: float = 0.01  # weight of the balance loss
+    freeze: tuple[str, ...] = ()  # beginnings of the names of parameters that stay as they are
+    checkpoint_layers: bool = False  # keep only each layer's input for the backward pass
+    routing_every: int = 10  # steps between log lines with the experts' load
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "capacity_factor", "balance")
+        at_least(self, 1, "routing_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +168,39 @@ class ExportSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecipe:
-    """A whole recipe: what to train, on what, for how long."""
+    """A whole recipe of the task "language": what to train, on what, for how long."""
 
+    task: Literal["language"] = "language"
     model: ModelSection = field(default_factory=ModelSection)
+    vision: VisionSection = field(default_factory=VisionSection)
     data: DataSection = field(default_factory=DataSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
-    schedule: ScheduleSection
+    schedule: TokenScheduleSection
     train: TrainSection = field(default_factory=TrainSection)
     export: ExportSection = field(default_factory=ExportSection)
+
+
+FREE = (
+    "device",
+    "compile",
+    "workers",
+    "checkpoint_layers",
+    "routing_every",
+    "evaluate_every",
+    "snapshot_every",
+    "keep_snapshots",
+)
+"""Keys of [train] that may change within a run: where and how it is computed, and how often it is looked at."""
+
+
+def fixed_keys(recipe: type) -> dict[str, tuple[str, ...]]:
+    """Keys that a run keeps from its beginning to its end, by section: what decides which numbers come out.
+
+    How long it goes on ([schedule]) and what its checkpoint looks like ([export]) may change, and of [train] `FREE`.
+    """
+    sections = {f.name: f.type for f in dataclasses.fields(recipe) if dataclasses.is_dataclass(f.type)}
+    return {
+        name: tuple(f.name for f in dataclasses.fields(section) if (name, f.name) not in {("train", k) for k in FREE})
+        for name, section in sections.items()
+        if name not in ("schedule", "export")
+    }

@@ -1,6 +1,6 @@
 """Learning rate and batch size over a run, as plain functions of the step and the tokens seen."""
 
-from fulmen.train.recipe import ScheduleSection
+from fulmen.train.recipe import ScheduleSection, TokenScheduleSection
 
 
 def learning_rate_factor(schedule: ScheduleSection, step: int) -> float:
@@ -20,7 +20,7 @@ def learning_rate_factor(schedule: ScheduleSection, step: int) -> float:
     return schedule.final**share
 
 
-def batch_tokens(schedule: ScheduleSection, tokens_seen: int) -> int:
+def batch_tokens(schedule: TokenScheduleSection, tokens_seen: int) -> int:
     """Tokens of the next batch: the ramp's last entry whose tokens have been seen (MiniMax-01, section 4.2)."""
     reached = [tokens for seen, tokens in schedule.ramp if tokens_seen >= seen]
     return reached[-1] if reached else schedule.batch_tokens

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import uvicorn
 
+from fulmen.serve.prompt import Prompt
 from fulmen.serve.text import TextStream
 from fulmen.serve.types import Piece, TokenLogprobs
 
@@ -16,8 +17,9 @@ MODEL = "tiny"
 class FakeService:
     """Answers each prompt with `text`, cut into tokens, as far as the parameters let it.
 
-    After `hold` pieces of an answer it waits until the client has left (`hold = None`: never). `asked` are the prompts
-    and parameters so far, `left` is set when an answer is closed before its end, `error` is raised for a request.
+    After `hold` pieces of an answer it waits until the client has left (`hold = None`: never). `asked` are the prompts'
+    tokens and parameters so far, `shown` the prompts' images, `left` is set when an answer is closed before its end,
+    `error` is raised for a request.
     """
 
     max_context = 400
@@ -25,7 +27,7 @@ class FakeService:
     def __init__(self, tokenizer, text="Lightning keeps a state."):
         self.tokenizer, self.text = tokenizer, text
         self.ready, self.hold, self.error, self.pause = True, None, None, 0
-        self.asked, self.open, self.left = [], 0, threading.Event()
+        self.asked, self.shown, self.open, self.left = [], [], 0, threading.Event()
         self.pieces = self.say  # (prompt, params, index) to pieces
 
     def say(self, prompt, params, index):
@@ -47,7 +49,9 @@ class FakeService:
     def stream(self, prompt, params):
         if self.error is not None:
             raise self.error
-        self.asked.append((prompt, params))
+        prompt = Prompt.of(prompt)
+        self.asked.append((prompt.tokens, params))
+        self.shown.append([placed.image for placed in prompt.images])
         self.open += 1
         return FakeAnswers(self, prompt, params)
 

@@ -8,9 +8,11 @@ import openai
 import pydantic
 import pytest
 from tests.serve.api.fakes import MODEL, FakeService, failed, live
+from tests.serve.api.pictures import asking, png
 
 from fulmen.config import UserError
 from fulmen.serve.api.app import create_app
+from fulmen.serve.api.images import ImageReader
 from fulmen.serve.service import Service
 from fulmen.serve.types import QueueFull
 
@@ -43,18 +45,31 @@ def client(service, tokenizer):
         yield client
 
 
-@pytest.fixture
-def model_client(new_engine, tokenizer):
-    """Of a real engine, whose model says what its random weights make it."""
-    service = Service(new_engine(eos_ids=[tokenizer.eos_id]))
+@contextlib.contextmanager
+def client_of(engine, images=None):
+    service = Service(engine)
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
         async with service:
             yield
 
-    app = create_app(service, model_name=MODEL, tokenizer=tokenizer, lifespan=lifespan)
+    app = create_app(service, model_name=MODEL, tokenizer=engine.tokenizer, images=images, lifespan=lifespan)
     with live(app) as address, connect(address) as client:
+        yield client
+
+
+@pytest.fixture
+def model_client(new_engine, tokenizer):
+    """Of a real engine, whose model says what its random weights make it."""
+    with client_of(new_engine(eos_ids=[tokenizer.eos_id])) as client:
+        yield client
+
+
+@pytest.fixture
+def seeing_client(seeing_engine):
+    images = ImageReader(seeing_engine.image_processor, seeing_engine.image_token)
+    with client_of(seeing_engine, images) as client:
         yield client
 
 
@@ -223,6 +238,37 @@ def test_the_prefix_cache_shows_in_the_usage(model_client):
         reply = model_client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)
         cached.append(reply.usage.prompt_tokens_details.cached_tokens)
     assert cached[0] == 0 < cached[1] < reply.usage.prompt_tokens
+
+
+def test_a_model_is_shown_images(seeing_client, seeing_engine):
+    """Two ways to ask give the same answer; another image gives another, and one that was seen before costs nothing."""
+    layout = seeing_engine.image_processor.layout
+
+    def ask(*images, **settings):
+        settings = {"model": MODEL, "messages": asking(*images, "Which?"), "temperature": 0, "max_tokens": 8} | settings
+        return seeing_client.chat.completions.create(**settings, logprobs=True, extra_body={"ignore_eos": True})
+
+    def numbers(reply):
+        return [token.logprob for token in reply.choices[0].logprobs.content]
+
+    red, blue = png(200, 120, "red"), png(200, 120, "blue")
+    reply, other, again = ask(red), ask(blue), ask(red)
+    chunks = [chunk.choices[0].delta.content or "" for chunk in ask(red, stream=True)]
+    assert "".join(chunks) == reply.choices[0].message.content
+    assert numbers(reply) != numbers(other)
+    assert numbers(again) == pytest.approx(numbers(reply), abs=1e-4)
+    two = ask(red, blue)
+    assert two.usage.prompt_tokens - reply.usage.prompt_tokens == layout(200, 120).positions
+    assert other.usage.prompt_tokens_details.cached_tokens < layout(200, 120).positions
+    assert again.usage.prompt_tokens_details.cached_tokens > layout(200, 120).positions
+
+
+def test_a_model_that_sees_answers_without_images_too(seeing_client):
+    reply = seeing_client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3)
+    assert reply.usage.completion_tokens <= 3
+    with pytest.raises(openai.BadRequestError) as caught:
+        seeing_client.chat.completions.create(model=MODEL, messages=asking("Which?", png(1, 9000)))
+    assert caught.value.param == "messages[0].content[1].image_url.url"
 
 
 def test_the_asynchronous_client(client, service):

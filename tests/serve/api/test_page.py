@@ -1,17 +1,28 @@
 """The chat page in a real browser, from a server that says what the test wants. No other host is asked for anything.
 
-`python -m tests.serve.test_page FILE.png` writes the picture of the docs.
+`python -m tests.serve.api.test_page FILE.png` writes the picture of the docs, with --image that of an answer about an
+image: of the model at --server, which must see, or of a random one.
 """
 
+import argparse
+import base64
+import io
 import shutil
-import sys
-from contextlib import contextmanager
+import tempfile
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from tests.serve.api.fakes import MODEL, FakeService, failed, live
+from tests.serve.api.pictures import png
 
+from fulmen.data import ImageProcessor
+from fulmen.serve import Engine, EngineSettings
 from fulmen.serve.api.app import create_app
+from fulmen.serve.api.images import ImageReader
+from fulmen.serve.service import Service
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page is tested in Debian's chromium, which is not here")
@@ -51,9 +62,19 @@ def key():
 
 
 @pytest.fixture
-def page(_page, service, tokenizer, key):
+def images():
+    return None
+
+
+@pytest.fixture
+def app(service, tokenizer, key, images):
+    return create_app(service, model_name=MODEL, tokenizer=tokenizer, api_key=key, images=images)
+
+
+@pytest.fixture
+def page(_page, app):
     """The page, loaded from its server and as new."""
-    with live(create_app(service, model_name=MODEL, tokenizer=tokenizer, api_key=key)) as address:
+    with live(app) as address:
         _page.goto(address)
         _page.complaints.clear()
         _page.asked.clear()
@@ -209,6 +230,215 @@ def test_every_field_has_a_name(page):
     assert unnamed == []
 
 
+# Images
+
+SLOTS = "#previews .preview"
+
+
+def choose(page, *contents):
+    """Through the dialog for files."""
+    files = [{"name": f"{n}.png", "mimeType": "image/png", "buffer": content} for n, content in enumerate(contents)]
+    page.set_input_files("#files", files)
+
+
+def hand_over(page, kind, content, mime="image/png", text=""):
+    """As a paste or drop event that holds a file."""
+    page.evaluate(
+        """([kind, content, type, text]) => {
+            const data = new DataTransfer();
+            const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+            data.items.add(new File([bytes], "file", { type }));
+            if (text) data.setData("text/plain", text);
+            const rest = { bubbles: true, cancelable: true };
+            const event = kind === "paste"
+                ? new ClipboardEvent("paste", { clipboardData: data, ...rest })
+                : new DragEvent(kind, { dataTransfer: data, ...rest });
+            document.querySelector("#message").dispatchEvent(event);
+        }""",
+        [kind, base64.b64encode(content).decode(), mime, text],
+    )
+
+
+def sizes(service):
+    """Of the images of each request so far."""
+    return [[image.layout.size for image in images] for images in service.shown]
+
+
+def test_a_model_without_eyes_is_shown_no_images(page, service):
+    expect(page.locator("#model")).to_have_text(MODEL)
+    assert page.is_hidden("#attach")
+    assert page.is_hidden("#images-hint")
+    for kind in ("paste", "drop"):
+        hand_over(page, kind, png())
+        expect(page.locator("#notice")).to_have_text("This model takes no images.")
+        assert page.locator(SLOTS).count() == 0
+    send(page, "Hello")
+    wait_until_done(page)
+    assert page.is_hidden("#notice")
+
+
+class TestImages:
+    @pytest.fixture
+    def images(self, tokenizer, service):
+        service.max_context = 4000
+        return ImageReader(ImageProcessor(crop_size=56), tokenizer.image_id, max_images=3)
+
+    @pytest.fixture(autouse=True)
+    def _is_loaded(self, page):
+        expect(page.locator("#attach")).to_be_visible()
+
+    def test_several_are_attached_shown_and_sent(self, page, service, tokenizer):
+        assert page.is_disabled("#send")
+        choose(page, png(40, 30), png(60, 50, "blue"))
+        expect(page.locator(f"{SLOTS} img")).to_have_count(2)
+        send(page, "Which colours?")
+        wait_until_done(page)
+        assert page.is_hidden("#previews")
+        assert page.locator(".turn.user img").count() == 2
+        assert page.locator(".turn.user .body").inner_text() == "Which colours?"
+        assert sizes(service) == [[(40, 30), (60, 50)]]
+        # First the images, then the text.
+        assert service.asked[0][0].count(tokenizer.image_id) == sum(image.positions for image in service.shown[0])
+        text = tokenizer.decode(service.asked[0][0])
+        assert text.count("Which colours?") == 1
+        assert page.complaints == []
+
+    def test_one_can_be_removed(self, page, service):
+        choose(page, png(40, 30), png(60, 50), png(70, 70))
+        expect(page.locator(SLOTS)).to_have_count(3)
+        page.get_by_role("button", name="Remove image 2").click()
+        expect(page.locator(SLOTS)).to_have_count(2)
+        send(page, "These?")
+        wait_until_done(page)
+        assert sizes(service) == [[(40, 30), (70, 70)]]
+
+    @pytest.mark.parametrize("kind", ["paste", "drop"])
+    def test_paste_and_drop(self, page, service, kind):
+        hand_over(page, kind, png(50, 40))
+        expect(page.locator(SLOTS)).to_have_count(1)
+        page.click("#send")  # without a word
+        wait_until_done(page)
+        assert sizes(service) == [[(50, 40)]]
+        assert page.locator(".turn.user .prose").count() == 0
+        assert page.locator(".turn.user img").get_attribute("alt") == "Image 1"
+
+    def test_text_that_comes_with_a_picture_is_pasted_as_text(self, page):
+        hand_over(page, "paste", png(), text="A cell of a table")
+        page.wait_for_timeout(100)
+        assert page.locator(SLOTS).count() == 0
+
+    def test_a_file_that_is_dragged_over_is_welcome(self, page):
+        hand_over(page, "dragover", png())
+        assert page.get_attribute("body", "class") == "dragging"
+        hand_over(page, "dragleave", png())
+        assert page.get_attribute("body", "class") == ""
+
+    def test_they_stay_in_the_conversation(self, page, service):
+        choose(page, png(40, 30))
+        expect(page.locator(SLOTS)).to_have_count(1)
+        send(page, "This?")
+        wait_until_done(page)
+        page.click("#regenerate")
+        wait_until_done(page)
+        expect(page.locator(".turn.assistant .foot")).to_have_count(1)
+        choose(page, png(60, 50))
+        expect(page.locator(SLOTS)).to_have_count(1)
+        send(page, "And that?")
+        expect(page.locator(".turn.assistant .foot")).to_have_count(2)
+        assert sizes(service) == [[(40, 30)], [(40, 30)], [(40, 30), (60, 50)]]
+        assert service.asked[0] == service.asked[1]
+        page.click("#new")
+        send(page, "Hello")
+        wait_until_done(page)
+        assert sizes(service)[3:] == [[]]
+
+    def test_no_more_than_the_server_takes(self, page):
+        choose(page, png(), png())
+        expect(page.locator(SLOTS)).to_have_count(2)
+        send(page, "These?")
+        wait_until_done(page)
+        choose(page, png(), png())
+        expect(page.locator("#notice")).to_have_text("One chat holds at most 3 images here.")
+        assert page.locator(SLOTS).count() == 1
+
+    @pytest.mark.parametrize(("mime", "format"), [("image/png", "PNG"), ("image/jpeg", "JPEG")])
+    def test_a_large_picture_is_made_smaller(self, page, service, mime, format):
+        file = io.BytesIO()
+        Image.linear_gradient("L").resize((3024, 1512)).convert("RGB").save(file, format)
+        bodies = []
+        page.on("request", lambda request: bodies.append(request.post_data))
+        hand_over(page, "drop", file.getvalue(), mime)
+        expect(page.locator(SLOTS)).to_have_count(1)
+        send(page, "This?")
+        wait_until_done(page)
+        assert sizes(service) == [[(2016, 1008)]]
+        assert f"data:{mime};base64," in next(body for body in bodies if body)
+        assert page.complaints == []
+
+    def test_what_is_transparent_becomes_white(self, page, service):
+        file = io.BytesIO()
+        Image.new("RGBA", (2100, 2100), (0, 0, 0, 0)).save(file, "WEBP")
+        hand_over(page, "drop", file.getvalue(), "image/webp")
+        expect(page.locator(SLOTS)).to_have_count(1)
+        send(page, "This?")
+        wait_until_done(page)
+        (image,) = service.shown[0]
+        assert image.pixels[0].min() > 1.9  # normalised
+
+    @pytest.mark.parametrize(("content", "mime"), [(b"%PDF-", "application/pdf"), (png()[:40], "image/png")])
+    def test_what_is_no_picture_is_refused_at_once(self, page, content, mime):
+        hand_over(page, "drop", content, mime)
+        expect(page.locator("#notice")).to_have_text("file is no picture that this browser can read.")
+        assert page.locator(SLOTS).count() == 0
+
+    def test_what_the_server_refuses_is_told(self, page):
+        hand_over(page, "drop", png(1, 2000))
+        expect(page.locator(SLOTS)).to_have_count(1)
+        send(page, "This?")
+        page.wait_for_selector(".error")
+        assert "too thin" in page.inner_text(".error")
+
+    def test_narrow(self, page):
+        page.set_viewport_size({"width": 380, "height": 700})
+        choose(page, *[png(900, 300)] * 3)
+        expect(page.locator(SLOTS)).to_have_count(3)
+        send(page, "These?")
+        wait_until_done(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 380
+        page.set_viewport_size({"width": 1280, "height": 720})
+
+
+def app_of(engine, name=MODEL):
+    """With the engine at work as long as the application runs."""
+    service = Service(engine)
+    images = ImageReader(engine.image_processor, engine.image_token)
+
+    @asynccontextmanager
+    async def lifespan(_):
+        async with service:
+            yield
+
+    return create_app(service, model_name=name, tokenizer=engine.tokenizer, images=images, lifespan=lifespan)
+
+
+class TestModel:
+    @pytest.fixture
+    def app(self, seeing_engine):
+        return app_of(seeing_engine)
+
+    def test_a_model_answers(self, page, seeing_engine):
+        expect(page.locator("#attach")).to_be_visible()
+        page.fill("#max_tokens", "5")
+        choose(page, png(200, 120))
+        expect(page.locator(SLOTS)).to_have_count(1)
+        send(page, "What is this?")
+        wait_until_done(page)
+        assert page.locator(".error").count() == 0
+        used = int(page.inner_text("#used").split(" / ")[0].replace(",", ""))
+        assert used > seeing_engine.image_processor.layout(200, 120).positions
+        assert page.complaints == []
+
+
 ANSWER = """A lightning layer keeps one matrix per head and sequence. Each token adds the outer product of its key and \
 value to it, and what was there before fades by a fixed rate:
 
@@ -241,5 +471,64 @@ def draw(path):
         page.screenshot(path=path)
 
 
+def chart():
+    """The PNG of a picture that one can ask about."""
+    from matplotlib.figure import Figure
+
+    figure, file = Figure((5, 3.2), dpi=120, layout="tight"), io.BytesIO()
+    axes = figure.add_subplot()
+    axes.bar(["apples", "pears", "plums", "cherries"], [3, 7, 2, 5], color=["#c33", "#8a3", "#75a", "#a24"])
+    axes.set_title("Fruit sold")
+    figure.savefig(file)
+    return file.getvalue()
+
+
+@contextmanager
+def random_server():
+    """The address of a model that sees and does not know what it says."""
+    from fulmen.checkpoint import make_tiny
+
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny(folder, vision=True)
+        engine = Engine.load(folder, EngineSettings(max_sequences=1, memory=10**9))
+    with live(app_of(engine, "random")) as address:
+        yield address
+
+
+def draw_image(path, picture, question, server, temperature):
+    """Write the picture of the docs that has one in it."""
+    sizes = {"viewport": {"width": 1180, "height": 760}, "device_scale_factor": 2}
+    with nullcontext(server) if server else random_server() as address, browser(**sizes) as page:
+        page.set_default_timeout(120_000)
+        page.goto(address)
+        expect(page.locator("#attach")).to_be_visible()
+        page.locator("#temperature").fill(temperature)
+        page.fill("#max_tokens", "60")
+        page.fill("#seed", "1")
+        choose(page, picture)
+        expect(page.locator(SLOTS)).to_have_count(1)
+        send(page, question)
+        expect(page.locator("#regenerate")).to_be_visible(timeout=120_000)
+        choose(page, picture)  # shows how the next one waits
+        expect(page.locator(SLOTS)).to_have_count(1)
+        page.fill("#message", "And here?")
+        page.screenshot(path=path)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path", help="the PNG to write")
+    parser.add_argument("--image", nargs="?", const="", metavar="FILE", help="ask about this picture, or about a chart")
+    parser.add_argument("--ask", default="Which bar is the largest?", metavar="TEXT")
+    parser.add_argument("--server", metavar="URL", help="of a model that sees (default: a random one)")
+    parser.add_argument("--temperature", default="0")
+    arguments = parser.parse_args()
+    if arguments.image is None:
+        draw(arguments.path)
+        return
+    picture = Path(arguments.image).read_bytes() if arguments.image else chart()
+    draw_image(arguments.path, picture, arguments.ask, arguments.server, arguments.temperature)
+
+
 if __name__ == "__main__":
-    draw(sys.argv[1])
+    main()

@@ -80,9 +80,24 @@ def refusal(kind, body):
         ),
         ({"messages": [USER | {"id": 1}]}, "messages[0].id", "messages[0].id is not a field that this server knows"),
         (
-            {"messages": [USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            {"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content[0].type",
             "messages[0].content[0].type: Input should be 'text'",
+        ),
+        (
+            {"messages": [USER | {"content": [{"type": "image_url"}]}]},
+            "messages[0].content[0].image_url",
+            "messages[0].content[0].image_url: Field required",
+        ),
+        (
+            {"messages": [USER | {"content": [{"type": "image_url", "image_url": {"url": "x", "detail": "best"}}]}]},
+            "messages[0].content[0].image_url.detail",
+            "messages[0].content[0].image_url.detail: Input should be 'auto', 'low' or 'high'",
+        ),
+        (
+            {"messages": [USER | {"content": [{"type": "input_audio"}]}]},
+            "messages[0].content[0]",
+            "messages[0].content[0]: Input tag 'input_audio' found using 'type' does not match",
         ),
         (
             {"messages": [{"role": "assistant"}]},

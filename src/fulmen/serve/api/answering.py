@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -13,9 +13,11 @@ from starlette.types import Receive, Scope, Send
 
 from fulmen.data import Tokenizer
 from fulmen.serve.api.errors import ApiError, failure, stopping
+from fulmen.serve.api.images import ImageReader
 from fulmen.serve.api.protocol import StreamOptions
 from fulmen.serve.api.replies import PromptDetails, Usage, dump_json
 from fulmen.serve.params import SamplingParams
+from fulmen.serve.prompt import Prompt
 from fulmen.serve.types import Piece
 
 LOG = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class AnswersPrompts(Protocol):
 
     @property
     def max_context(self) -> int: ...
-    def stream(self, prompt: list[int], params: SamplingParams) -> Answers: ...
+    def stream(self, prompt: Prompt | list[int], params: SamplingParams) -> Answers: ...
 
 
 @dataclass(kw_only=True)
@@ -56,6 +58,7 @@ class Api:
     tokenizer: Tokenizer
     model_name: str
     aliases: frozenset[str] = frozenset()
+    images: ImageReader | None = None  # None: the model takes none
     request_timeout: float | None = None  # seconds
 
     def check(self, request: Request, model: str | None) -> None:
@@ -71,7 +74,7 @@ class Api:
             message = f"there is no model {model!r:.200} here: it is {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def open(self, prompts: Sequence[list[int]], params: SamplingParams, *, param: str) -> "Streams":
+    async def open(self, prompts: Sequence[Prompt | list[int]], params: SamplingParams, *, param: str) -> "Streams":
         """Begin to answer. Raises ApiError, UserError, QueueFull, with nothing begun.
 
         param: the field that the prompts come from.
@@ -156,7 +159,7 @@ class Streams:
 class Used:
     """Counts the tokens of a request, and tells them in the chunks of a stream as its client wishes."""
 
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[Sized]
     options: StreamOptions | None = None
     _cached: dict[int, int] = field(init=False, default_factory=dict)
     _generated: dict[tuple[int, int], int] = field(init=False, default_factory=dict)

@@ -13,12 +13,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
-from fulmen.data import Tokenizer, encode_chat
+from fulmen.data import Tokenizer
 from fulmen.serve.api.answering import AnswersPrompts, Api
-from fulmen.serve.api.chat import chat_routes, model_messages
+from fulmen.serve.api.chat import chat_prompt, chat_routes
 from fulmen.serve.api.completions import completion_routes, encode_text
 from fulmen.serve.api.errors import ApiError, ErrorReply, add_handlers, stopping
-from fulmen.serve.api.limits import MAX_BODY, ApiKey, BodyLimit, Guard, HttpCounts, JsonRoute
+from fulmen.serve.api.images import ImageReader
+from fulmen.serve.api.limits import MAX_BODY, MAX_IMAGE_BODY, ApiKey, BodyLimit, Guard, HttpCounts, JsonRoute
 from fulmen.serve.api.protocol import DetokenizeRequest, TokenizeRequest
 from fulmen.serve.api.replies import Health, ModelCard, ModelList, Text, Tokens
 
@@ -27,7 +28,7 @@ REASONS = {
     401: "The API key is missing or wrong",
     404: "There is no such model",
     413: "The body is too large",
-    429: "Too many requests wait",
+    429: "Too many requests wait, or too many large ones are here",
     500: "The server has failed",
     503: "The server is starting or stopping",
     504: "The answer took too long",
@@ -40,17 +41,19 @@ def create_app(
     model_name: str,
     tokenizer: Tokenizer,
     aliases: Iterable[str] = (),
+    images: ImageReader | None = None,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
-    max_body: int = MAX_BODY,
+    max_body: int | None = None,
     request_timeout: float | None = None,
     render_metrics: Callable[[], bytes] | None = None,
     lifespan: Callable[[FastAPI], Any] | None = None,
 ) -> FastAPI:
     """The application that serves one model.
 
-    api_key: what all routes but `/` and `/health` then ask for. cors_origins: whose pages in a browser may use it.
-    max_body: bytes. request_timeout: seconds from the request to the end of its answer. render_metrics: gives the
+    images: reads those of messages; None if the model takes none. api_key: what all routes but `/` and `/health` then
+    ask for. cors_origins: whose pages in a browser may use it. max_body: bytes, as the model needs them unless given.
+    request_timeout: seconds from the request to the end of its answer. render_metrics: gives the
     service's metrics in Prometheus' text form. `app.state.stopping = True` lets new requests be refused with 503.
     """
     app = FastAPI(title="fulmen", docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -61,6 +64,7 @@ def create_app(
         tokenizer=tokenizer,
         model_name=model_name,
         aliases=frozenset(aliases),
+        images=images,
         request_timeout=request_timeout,
     )
     counts = HttpCounts()
@@ -68,11 +72,12 @@ def create_app(
     failures = _errors(400, 413, 500, 503, *([401] if api_key else []))
     app.include_router(chat_routes(api), responses=failures | _errors(404, 429, 504))
     app.include_router(completion_routes(api), responses=failures | _errors(404, 429, 504))
-    app.include_router(_token_routes(api), responses=failures | _errors(404))
+    app.include_router(_token_routes(api), responses=failures | _errors(404, 429))
     app.include_router(_model_routes(api), responses=_errors(500, *([401] if api_key else [])))
     app.include_router(_state_routes(api, counts, render_metrics), responses=_errors(500))
     # The last that is added is the first that sees a request.
-    app.add_middleware(BodyLimit, limit=max_body)
+    most = MAX_BODY if images is None else MAX_IMAGE_BODY
+    app.add_middleware(BodyLimit, limit=most if max_body is None else max_body)
     if api_key:
         app.add_middleware(ApiKey, key=api_key)
     if cors_origins:
@@ -91,7 +96,11 @@ def _model_routes(api: Api) -> APIRouter:
 
     def card() -> ModelCard:
         fixed = {"object": "model", "created": created, "owned_by": "fulmen"}
-        return ModelCard(id=api.model_name, max_model_len=api.service.max_context, **fixed)
+        limits = {
+            "max_model_len": api.service.max_context,
+            "max_images": 0 if api.images is None else api.images.max_images,
+        }
+        return ModelCard(id=api.model_name, **fixed, **limits)
 
     @router.get("/v1/models")
     async def list_models() -> ModelList:
@@ -111,17 +120,19 @@ def _model_routes(api: Api) -> APIRouter:
 def _token_routes(api: Api) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
-    def encode(body: TokenizeRequest) -> list[int]:
+    async def encode(body: TokenizeRequest, request: Request) -> list[int]:
         if body.prompt is None:
-            messages = model_messages(body.messages, body.tools or [])
-            return encode_chat(api.tokenizer, messages, generate=body.add_generation_prompt)
-        return encode_text(api.tokenizer, body.prompt) if body.add_special_tokens else api.tokenizer.encode(body.prompt)
+            generate = body.add_generation_prompt
+            return (await chat_prompt(api, request, body.messages, body.tools or [], generate=generate)).tokens
+        if body.add_special_tokens:
+            return await run_in_threadpool(encode_text, api.tokenizer, body.prompt)
+        return await run_in_threadpool(api.tokenizer.encode, body.prompt)
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Tokens:
-        """The token ids that a prompt or a chat becomes."""
+        """The token ids that a prompt or a chat becomes, with one in each position of an image."""
         api.check(request, body.model)
-        tokens = await run_in_threadpool(encode, body)
+        tokens = await encode(body, request)
         return Tokens(tokens=tokens, count=len(tokens), max_model_len=api.service.max_context)
 
     @router.post("/detokenize")

@@ -8,11 +8,21 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from fulmen.data import encode_chat
-from fulmen.serve.api.answering import Api, Streams, Used, respond
+from fulmen.serve.api.answering import Api, Streams, Used, respond, unless_left
 from fulmen.serve.api.completions import STREAM
 from fulmen.serve.api.errors import ApiError, blaming
+from fulmen.serve.api.images import asked_images
 from fulmen.serve.api.limits import JsonRoute
-from fulmen.serve.api.protocol import AssistantMessage, ChatRequest, Content, NamedChoice, Tool, ToolMessage
+from fulmen.serve.api.protocol import (
+    AssistantMessage,
+    ChatRequest,
+    Content,
+    ImagePart,
+    NamedChoice,
+    Tool,
+    ToolMessage,
+    UserContent,
+)
 from fulmen.serve.api.replies import (
     ChatChoice,
     ChatChunk,
@@ -30,6 +40,7 @@ from fulmen.serve.api.replies import (
 )
 from fulmen.serve.api.tools import CallParser, Part, describe_tools, require_call, write_calls, write_result
 from fulmen.serve.params import SamplingParams
+from fulmen.serve.prompt import Prompt
 from fulmen.serve.types import Piece
 
 ROLES = {"developer": "system"}
@@ -43,12 +54,26 @@ def chat_routes(api: Api) -> APIRouter:
         """Answer the last message of a conversation."""
         api.check(request, body.model)
         params = chat_params(body)
-        messages = model_messages(body.messages, offered(body))
-        prompt = await run_in_threadpool(encode_chat, api.tokenizer, messages)
+        prompt = await chat_prompt(api, request, body.messages, offered(body))
         streams = await api.open([prompt], params, param="messages")
         return await respond(request, _Answering(api, body, prompt), streams, streamed=body.stream)
 
     return router
+
+
+async def chat_prompt(
+    api: Api, request: Request, messages: Sequence[Any], tools: Sequence[Tool], *, generate: bool = True
+) -> Prompt:
+    """What the model reads of a conversation, images included. Raises ApiError for an image that cannot be had."""
+    rendered, asked = model_messages(messages, tools), asked_images(messages)
+    if asked and api.images is None:
+        param = asked[0].param.removesuffix(".image_url.url")
+        raise _unfit(param, f"{param}: this model takes no images")
+    tokens = await run_in_threadpool(encode_chat, api.tokenizer, rendered, generate=generate)
+    if not asked:
+        return Prompt(tokens)
+    images = await unless_left(request, api.images.read(asked))
+    return Prompt.with_images(tokens, images, api.images.image_token)
 
 
 def offered(body: ChatRequest) -> list[Tool]:
@@ -76,7 +101,7 @@ def chat_params(body: ChatRequest) -> SamplingParams:
     return body.sampling(**more)
 
 
-def model_messages(messages: Sequence[Any], tools: Sequence[Tool]) -> list[dict[str, str]]:
+def model_messages(messages: Sequence[Any], tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """The messages as `encode_chat` takes them; functions on offer come after the system's first messages."""
     names: dict[str, str] = {}
     rendered = [_message(number, message, names) for number, message in enumerate(messages)]
@@ -91,18 +116,25 @@ def functions_of(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     return [tool.function.model_dump(exclude_none=True, exclude={"strict"}) for tool in tools]
 
 
-def _message(number: int, message: Any, names: dict[str, str]) -> dict[str, str]:
+def _message(number: int, message: Any, names: dict[str, str]) -> dict[str, Any]:
     """names: of the functions called so far, by the calls' ids."""
     if isinstance(message, ToolMessage):
         name = names.get(message.tool_call_id)
         if name is None:
             raise _unfit(f"messages[{number}].tool_call_id", "tool_call_id names no call of an earlier message")
         return write_result(name, _text(message.content))
-    text = _text(message.content)
+    text = _content(message.content)
     if isinstance(message, AssistantMessage) and message.tool_calls:
         names |= {call.id: call.function.name for call in message.tool_calls}
         text += write_calls([(call.function.name, call.function.arguments) for call in message.tool_calls])
     return {"role": ROLES.get(message.role, message.role), "content": text}
+
+
+def _content(content: UserContent | None) -> str | list[dict[str, str]]:
+    """A text or, where there are images, parts."""
+    if not isinstance(content, list) or not any(isinstance(part, ImagePart) for part in content):
+        return _text(content)
+    return [{"type": "image"} if isinstance(part, ImagePart) else part.model_dump() for part in content]
 
 
 def _text(content: Content | None) -> str:
@@ -166,7 +198,7 @@ class _Answer:
 class _Answering:
     """The answers to one request."""
 
-    def __init__(self, api: Api, body: ChatRequest, prompt: list[int]):
+    def __init__(self, api: Api, body: ChatRequest, prompt: Prompt):
         names = [tool.function.name for tool in offered(body)]
         self._answers = [_Answer(api, names, bool(body.logprobs)) for _ in range(body.n or 1)]
         self._used = Used([prompt], body.stream_options)

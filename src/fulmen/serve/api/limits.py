@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -16,7 +17,14 @@ from fulmen.serve.api.errors import ApiError, failure
 LOG = logging.getLogger(__name__)
 
 MAX_BODY = 8 * 1024 * 1024
-"""Bytes of a request's body."""
+"""Bytes of a request's body, without those of its images."""
+MAX_IMAGE_BODY = 64 * 1024 * 1024
+"""Bytes of a body, images included, where the model takes them."""
+MAX_BODIES = 512 * 1024 * 1024
+"""Bytes of all large bodies together; each lies in memory until its request is answered."""
+SMALL_BODY = 1024 * 1024
+"""Bytes of a body that is always taken, whatever others fill."""
+DATA_URL = re.compile(rb'"data:image/[^"]*"', re.IGNORECASE)
 MAX_NESTING = 100
 """Objects and lists within each other in a request's JSON."""
 MAX_DIGITS = 20
@@ -27,10 +35,14 @@ METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 
 
 class BodyLimit:
-    """Refuses bodies of more than so many bytes with 413, as soon as that is known and without reading the rest."""
+    """Refuses bodies of more than so many bytes with 413, as soon as that is known and without reading the rest.
 
-    def __init__(self, app: ASGIApp, limit: int):
-        self._app, self._limit = app, limit
+    So it does with 429 while the large ones of all requests together have more than `together`.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, together: int = MAX_BODIES):
+        self._app, self._limit, self._together = app, limit, together
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,18 +51,26 @@ class BodyLimit:
         if self._is_announced_too_large(scope):
             await self._error().response()(scope, receive, send)
             return
-        seen = 0
+        seen = held = 0
 
         async def limited() -> Message:
-            nonlocal seen
+            nonlocal seen, held
             message = await receive()
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
                 if seen > self._limit:
                     raise self._error()
+                if seen > SMALL_BODY:
+                    self._held += seen - held
+                    held = seen
+                    if self._held > self._together:
+                        raise self._full()
             return message
 
-        await self._app(scope, limited, send)
+        try:
+            await self._app(scope, limited, send)
+        finally:
+            self._held -= held
 
     def _is_announced_too_large(self, scope: Scope) -> bool:
         length = dict(scope["headers"]).get(b"content-length", b"")
@@ -60,6 +80,11 @@ class BodyLimit:
     def _error(self) -> ApiError:
         message = f"the body has more than the {self._limit} bytes that this server takes"
         return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+
+    def _full(self) -> ApiError:
+        message = f"there are many large requests; try again, or send a body of less than {SMALL_BODY} bytes"
+        headers = {"Connection": "close", "Retry-After": "1"}
+        return ApiError(429, message, code="bodies_full", headers=headers)
 
 
 class ApiKey:
@@ -151,7 +176,30 @@ class JsonRoute(APIRoute):
 
 class _JsonRequest(Request):
     async def json(self) -> Any:
-        return read_json(await self.body())
+        body = await self.body()
+        # First roughly: short values take many times their size in memory, strings do not.
+        if len(body) > MAX_BODY:
+            _check_rest(len(body) - sum(url.end() - url.start() for url in DATA_URL.finditer(body)))
+        value = read_json(body)
+        if len(body) > MAX_BODY:
+            _check_rest(len(body) - _image_bytes(value))
+        return value
+
+
+def _check_rest(size: int) -> None:
+    if size > MAX_BODY:
+        message = f"without images, the body has more than the {MAX_BODY} bytes that this server takes"
+        raise ApiError(413, message, code="body_too_large")
+
+
+def _image_bytes(body: Any) -> int:
+    """Of the images in a chat, as far as it is one."""
+    try:
+        contents = [message.get("content") for message in body["messages"]]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        return sum(len(part["image_url"]["url"]) for part in parts if "image_url" in part)
+    except (LookupError, TypeError, AttributeError):
+        return 0
 
 
 def read_json(body: bytes) -> Any:

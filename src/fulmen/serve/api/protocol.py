@@ -186,11 +186,23 @@ class CompletionRequest(Generation):
 
 
 class TextPart(Strict):
-    type: Literal["text"]  # this server shows no pictures to its model
+    type: Literal["text"]
     text: str
 
 
+class ImageUrl(Strict):
+    url: str = Field(description="data:image/...;base64,... or, where the server allows it, an http(s) address")
+    detail: Literal["auto", "low", "high"] | None = Field(None, description="low: the image in one crop alone")
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+UserContent = str | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
 
 
 class SystemMessage(Strict):
@@ -201,7 +213,7 @@ class SystemMessage(Strict):
 
 class UserMessage(Strict):
     role: Literal["user"]
-    content: Content
+    content: UserContent
     name: ignored(str) = None
 
 

@@ -137,6 +137,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str
     max_model_len: int  # tokens of a prompt and its answer
+    max_images: int  # of a request; 0: the model takes none
 
 
 class ModelList(BaseModel):

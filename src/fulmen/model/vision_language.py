@@ -1,0 +1,164 @@
+"""The vision-language model: an encoder's features, projected, in the places of a prompt's `<image>` tokens.
+
+    image = ImageProcessor().read("photo.jpg")                     # fulmen.data
+    tokens = torch.tensor([[*before, *[config.image_token] * image.positions, *after]])
+    logits = model(tokens, images=[PlacedImage(image, start=len(before), first=0, count=image.positions)])
+
+An image's features (minimax-01.md section 12): the thumbnail's patches, then the map of all crops' patches without the
+padding, row by row, with `image_newline` at the end of each row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulmen.config import UserError
+from fulmen.data.images import ImageLayout, PlacedImage, ProcessedImage
+from fulmen.model.cache import Cache, SequenceCache
+from fulmen.model.config import VisionConfig, VisionLanguageConfig
+from fulmen.model.decoder import Inserted, LanguageModel, TrainingLoss
+from fulmen.model.vision import VisionEncoder
+from fulmen.ops.experts import Routing
+
+CROPS_AT_ONCE = 8
+"""That are encoded together where no gradients are wanted: enough to keep a device busy, few enough for its memory."""
+
+
+class VisionLanguageModel(nn.Module):
+    """MiniMax-VL-01 of any size; `forward`, `hidden` and `loss` are a text model's with `images` beside the tokens.
+
+    Module names are the published ones. Weights are drawn from torch's global generator.
+    """
+
+    def __init__(self, config: VisionLanguageConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config.vision)
+        self.multi_modal_projector = Projector(config.vision.hidden_size, config.text.hidden_size)
+        self.image_newline = nn.Parameter(torch.empty(config.text.hidden_size))
+        self.language_model = LanguageModel(config.text)
+        if not self.image_newline.is_meta:
+            self.init_connection()
+
+    @torch.no_grad()
+    def init_connection(self) -> None:
+        """Draw projector and newline anew, so that features are as wide as the token embeddings are at the start."""
+        width = self.language_model.embed_tokens.weight.std()
+        for linear in (self.multi_modal_projector.linear_1, self.multi_modal_projector.linear_2):
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        self.multi_modal_projector.linear_2.weight.mul_(width)
+        self.image_newline.normal_().mul_(width)
+
+    def new_cache(self, batch_size: int) -> Cache:
+        return self.language_model.new_cache(batch_size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        images: Sequence[PlacedImage] = (),
+        cache: SequenceCache | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] fp32 of tokens [B, T]; `images` say whose features stand where, in `tokens` laid end to end.
+
+        Raises UserError where the tokens are not `image_token` exactly where the images are.
+        """
+        hidden, _ = self.hidden(tokens, images=images, cache=cache, cu_seqlens=cu_seqlens)
+        return self.logits(hidden)
+
+    def hidden(
+        self, tokens: Tensor, *, images: Sequence[PlacedImage] = (), **arguments
+    ) -> tuple[Tensor, list[Routing]]:
+        """As of `LanguageModel.hidden`."""
+        return self.language_model.hidden(tokens, inserted=self.insert(tokens, images), **arguments)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.language_model.logits(hidden)
+
+    def loss(self, tokens: Tensor, targets: Tensor, *, images: Sequence[PlacedImage] = (), **arguments) -> TrainingLoss:
+        """As of `LanguageModel.loss`."""
+        return self.language_model.loss(tokens, targets, inserted=self.insert(tokens, images), **arguments)
+
+    def insert(self, tokens: Tensor, images: Sequence[PlacedImage]) -> Inserted | None:
+        """What stands in place of the `<image>` tokens of `tokens`, after a check that images and tokens agree."""
+        ranges = [torch.arange(placed.start, placed.start + placed.count) for placed in images]
+        places = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
+        self._check(tokens, images, places)
+        if not images:
+            return None
+        unique = list({id(placed.image): placed.image for placed in images}.values())
+        features = dict(zip(map(id, unique), self.encode_images(unique), strict=True))
+        parts = [features[id(placed.image)][placed.first : placed.first + placed.count] for placed in images]
+        return Inserted(places.to(tokens.device, non_blocking=True), torch.cat(parts))
+
+    def _check(self, tokens: Tensor, images: Sequence[PlacedImage], places: Tensor) -> None:
+        for placed in images:
+            if placed.first < 0 or placed.count < 1 or placed.first + placed.count > placed.image.positions:
+                raise UserError(
+                    f"an image of {placed.image.positions} positions has none of {placed.first} to "
+                    f"{placed.first + placed.count - 1}"
+                )
+        marked = torch.nonzero(tokens.flatten() == self.config.image_token).flatten().cpu()
+        if not torch.equal(marked, places.sort().values):
+            raise UserError(
+                f"the prompt has {len(marked)} <image> tokens, and its images {len(places)} positions, or they stand "
+                "elsewhere: expand each image's token to its number of positions"
+            )
+
+    def encode_images(self, images: Sequence[ProcessedImage]) -> list[Tensor]:
+        """Of each image its features [positions, hidden]."""
+        weight = self.image_newline
+        pixels = torch.cat([image.pixels for image in images])
+        groups = [pixels] if torch.is_grad_enabled() else pixels.split(CROPS_AT_ONCE)
+        features = torch.cat([self._project(group.to(weight.device, non_blocking=True)) for group in groups])
+        counts = [len(image.pixels) for image in images]
+        return [
+            arrange(part, image.layout, self.image_newline.to(part.dtype))
+            for part, image in zip(features.split(counts), images, strict=True)
+        ]
+
+    def _project(self, pixels: Tensor) -> Tensor:
+        return self.multi_modal_projector(self.vision_tower(pixels))
+
+
+class VisionTower(nn.Module):
+    """The encoder under its published name."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.vision_model = VisionEncoder(config)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vision_model(pixels)
+
+
+class Projector(nn.Module):
+    """Linear, GELU, Linear, from the encoder's width to the text model's."""
+
+    def __init__(self, vision_size: int, text_size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(vision_size, text_size)
+        self.linear_2 = nn.Linear(text_size, text_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(features)))
+
+
+def arrange(features: Tensor, layout: ImageLayout, newline: Tensor) -> Tensor:
+    """[positions, hidden] of the features [1 + crops, P, hidden] of a thumbnail and its image's crops, row-major.
+
+    newline: [hidden], put behind each row of the un-padded map.
+    """
+    thumbnail, crops = features[0], features[1:]
+    assert len(crops) == layout.grid[0] * layout.grid[1], (features.shape, layout)
+    if not len(crops):
+        return thumbnail
+    side = round(crops.shape[1] ** 0.5)
+    whole = crops.unflatten(1, (side, side)).unflatten(0, layout.grid).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    kept = whole[layout.top : layout.top + layout.rows, layout.left : layout.left + layout.columns]
+    lines = torch.cat([kept, newline.expand(len(kept), 1, -1)], dim=1)
+    return torch.cat([thumbnail, lines.flatten(0, 1)])

@@ -1,0 +1,181 @@
+"""Language as an objective: the next token of packed documents, the experts' balance, held-out bits per byte.
+
+The documents may have images, which a vision-language model sees; nothing else about it differs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fulmen.checkpoint import save_model
+from fulmen.config import UserError
+from fulmen.data import Batch, Document, PackedLoader, Tokenizer, held_out_batches, read_documents, split
+from fulmen.model import LanguageModel, VisionLanguageConfig, VisionLanguageModel
+from fulmen.model.decoder import TrainingLoss
+from fulmen.train.models import (
+    TOKENIZER,
+    choose_config,
+    choose_tokenizer,
+    compile_layers,
+    make_model,
+    report_model,
+    with_image_token,
+)
+from fulmen.train.monitor import routing_metrics
+from fulmen.train.objective import Headline, Place, Task
+from fulmen.train.precision import autocast, choose_dtype
+from fulmen.train.recipe import TrainRecipe
+from fulmen.train.schedule import batch_tokens
+
+
+class LanguageObjective:
+    """Cross-entropy of packed documents plus the experts' balance loss. An `Objective`."""
+
+    unit = "token"
+    headline = Headline("held_out_bits_per_byte", "held-out {:.3f} bits per byte")
+
+    def __init__(
+        self,
+        model: LanguageModel | VisionLanguageModel,
+        loader: PackedLoader,
+        tokenizer: Tokenizer,
+        recipe: TrainRecipe,
+        device: torch.device,
+        held_out: Mapping[str, Sequence[Batch]] | None = None,
+    ):
+        """held_out: what is evaluated, by the beginning of its metrics' names.
+
+        Raises UserError where a part of it has no text to predict.
+        """
+        self.model, self.loader, self.tokenizer, self.recipe = model, loader, tokenizer, recipe
+        self.device, self.held_out = device, held_out or {}
+        self.dtype = choose_dtype(recipe.train.precision, device)
+        self._byte_lengths = tokenizer.byte_lengths()
+        for batches in self.held_out.values():
+            if not sum(map(self._num_bytes, batches)):
+                raise UserError("the held-out part has no text to predict: raise data.held_out_tokens")
+        if recipe.train.compile:
+            compile_layers(model)
+
+    def next_batches(self, seen: int) -> list[Batch]:
+        """The next batch in micro batches of at most `micro_batch_tokens`."""
+        schedule = self.recipe.schedule
+        left = batch_tokens(schedule, seen)
+        micro = schedule.micro_batch_tokens or left
+        batches = []
+        while left > 0:
+            batches.append(self.loader.next_batch(min(micro, left)))
+            left -= micro
+        return batches
+
+    def size(self, batches: list[Batch]) -> int:
+        """Tokens of the batches."""
+        return sum(batch.tokens.numel() for batch in batches)
+
+    def backward(self, batches: list[Batch], step: int) -> dict[str, Any]:
+        """Gradients of the whole batch; its mean losses and, now and then, the routing of its last micro batch."""
+        settings = self.recipe.train
+        # A row may hold nothing that counts, such as a part of an image.
+        targets = max(1, sum((batch.targets >= 0).sum().item() for batch in batches))
+        loss, balance = 0.0, 0.0
+        for batch in batches:
+            part = self._loss(
+                batch,
+                capacity_factor=settings.capacity_factor or None,
+                checkpoint_layers=settings.checkpoint_layers,
+            )
+            total = part.nll / targets + settings.balance * part.balance / len(batches)
+            # With a frozen text model a row without an image has nothing to train.
+            if total.requires_grad:
+                total.backward()
+            loss += part.nll.item() / targets
+            balance += part.balance.item() / len(batches)
+        metrics = {"loss": loss, "balance": balance, "epoch": self.loader.epoch}
+        return metrics | (routing_metrics(part.routing) if step % settings.routing_every == 0 else {})
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss in nats per token, and bits per byte of the text that the targets spell."""
+        metrics = {}
+        for name, batches in self.held_out.items():
+            nll, targets = 0.0, 0
+            for batch in batches:
+                loss = self._loss(batch)
+                nll += loss.nll.item()
+                targets += loss.targets.item()
+            metrics[f"{name}_loss"] = nll / targets
+            metrics[f"{name}_bits_per_byte"] = nll / math.log(2) / sum(map(self._num_bytes, batches))
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's place."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`. Raises UserError if it was taken with other data."""
+        self.loader.load_state_dict(state)
+
+    def keep(self, run: Path) -> None:
+        """Write the tokenizer into the run's folder."""
+        self.tokenizer.save(run / TOKENIZER)
+
+    def export(self, checkpoint: Path) -> None:
+        """Write the model with its tokenizer."""
+        save_model(self.model, checkpoint, dialect=self.recipe.export.dialect, tokenizer=self.tokenizer)
+
+    def _loss(self, batch: Batch, **arguments: Any) -> TrainingLoss:
+        if isinstance(self.model, VisionLanguageModel):
+            arguments["images"] = batch.images
+        tokens, targets = (tensor.to(self.device, non_blocking=True) for tensor in (batch.tokens, batch.targets))
+        with autocast(self.device, self.dtype):
+            return self.model.loss(tokens, targets, cu_seqlens=batch.cu_seqlens, **arguments)
+
+    def _num_bytes(self, batch: Batch) -> int:
+        """That the targets spell."""
+        return self._byte_lengths[batch.targets[batch.targets >= 0]].sum().item()
+
+
+def build(recipe: TrainRecipe, place: Place) -> LanguageObjective:
+    """Model, loader, tokenizer and held-out batches as the recipe says."""
+    data = recipe.data
+    config = choose_config(recipe)
+    training, held_out = split(read_documents(data.sources, text_field=data.text_field), data.held_out)
+    place.report(f"text: {len(training)} documents to train on, {len(held_out)} held out")
+    texts, held_out_texts = _mixed_in(recipe, place)
+    tokenizer = choose_tokenizer(recipe, config, training, place)
+    config = with_image_token(recipe, config, tokenizer)
+    reading = {"sequence_length": data.sequence_length, "counted": data.train_on}
+    if isinstance(config, VisionLanguageConfig):
+        reading["images"] = config.vision.processor(dynamic=recipe.vision.dynamic)
+    size = recipe.schedule.batch_tokens
+    mixture = {"texts": texts, "text_every": data.text_every}
+    how = {"seed": recipe.train.seed, "workers": recipe.train.workers}
+    loader = PackedLoader(training, tokenizer, batch_tokens=size, **how, **mixture, **reading)
+    reading |= {"batch_tokens": min(size, 8192), "max_tokens": data.held_out_tokens}
+    evaluations = {
+        name: held_out_batches(documents, tokenizer, **reading)
+        for name, documents in (("held_out", held_out), ("held_out_text", held_out_texts))
+        if len(documents)
+    }
+    model = make_model(recipe, config, place)
+    objective = LanguageObjective(model, loader, tokenizer, recipe, place.device, evaluations)
+    report_model(model, objective.dtype, place)
+    return objective
+
+
+TASK = Task(TrainRecipe, build)
+
+
+def _mixed_in(recipe: TrainRecipe, place: Place) -> tuple[Sequence[Document], Sequence[Document]]:
+    """(training, held-out) documents of `text_sources`."""
+    data = recipe.data
+    if not data.text_sources:
+        return (), ()
+    texts = split(read_documents(data.text_sources, text_field=data.text_field), data.held_out)
+    place.report(
+        f"mixed in: a sample of text for every {data.text_every} documents, of {len(texts[0])} documents to train on; "
+        f"{len(texts[1])} held out"
+    )
+    return texts

@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the steps of all stages (default: 1)")
-    parser.add_argument("--count", type=int, default=150, help="questions of each kind after each stage (default: 150)")
+    parser.add_argument("--count", type=int, default=120, help="questions of each kind after each stage (default: 120)")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="that draw pictures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and numbers there")
     arguments = parser.parse_args()

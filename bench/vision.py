@@ -4,7 +4,7 @@
     python bench/vision.py --scale 0.1          a tenth of each stage's steps: the way without the results
 
 A text model (quickstart), its encoder (CoCa), then the four stages of MiniMax-VL-01, each a recipe of its own. What is
-there already is not trained again; what was broken off goes on. Measured on pictures that all stages hold out.
+there already is not done again; what was broken off goes on. Measured on pictures that all stages hold out.
 """
 
 import argparse
@@ -39,22 +39,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the steps of all stages (default: 1)")
-    parser.add_argument("--count", type=int, default=120, help="questions of each kind after each stage (default: 120)")
+    parser.add_argument("--count", type=int, default=100, help="questions of each kind after each stage (default: 100)")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="that draw pictures")
+    parser.add_argument("--until", choices=[name for _, name in STAGES], help="the last stage (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and numbers there")
     arguments = parser.parse_args()
-    began, stages = time.perf_counter(), []
+    stages = []
     for title, name in STAGES:
-        seconds = run_stage(name, arguments)
-        row = {"stage": title, "recipe": name, "seconds": seconds} | measure(name, arguments)
-        print(row, flush=True)
-        stages.append(row)
+        kept = arguments.dir / name / "measured.json"
+        if not kept.exists():
+            row = {"stage": title, "recipe": name, "seconds": run_stage(name, arguments)} | measure(name, arguments)
+            kept.write_text(json.dumps(row), encoding="utf-8")
+        stages.append(json.loads(kept.read_text(encoding="utf-8")))
+        print(stages[-1], flush=True)
+        if name == arguments.until:
+            return
     encoder = encoder_table(arguments.dir / "vision-coca", PICTURES, held_out=HELD_OUT, count=arguments.count)
     print(*encoder, sep="\n")
-    minutes = (time.perf_counter() - began) / 60
-    print(f"all of it: {minutes:.1f} minutes")
     if arguments.json:
-        results = {"machine": describe_machine(), "minutes": minutes, "stages": stages, "encoder": encoder}
+        results = {"machine": describe_machine(), "stages": stages, "encoder": encoder}
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

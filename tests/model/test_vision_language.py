@@ -65,7 +65,7 @@ def test_features_stand_in_the_order_of_the_rows(model):
     assert layout.grid == (2, 3)
     crops = torch.arange(1 + 6).repeat_interleave(4).view(7, 4)
     features = torch.stack([crops, torch.arange(4).expand(7, 4)], dim=-1).float()
-    arranged = arrange(features, layout, torch.tensor([-1.0, -1.0]))
+    (arranged,) = arrange(features[None], layout, torch.tensor([-1.0, -1.0]))
     expected = [(0, patch) for patch in range(4)]
     for row in range(4):
         for column in range(6):

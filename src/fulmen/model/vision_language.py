@@ -9,6 +9,7 @@ padding, row by row, with `image_newline` at the end of each row.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,10 @@ class VisionLanguageModel(nn.Module):
             return None
         unique = list({id(placed.image): placed.image for placed in images}.values())
         features = dict(zip(map(id, unique), self.encode_images(unique), strict=True))
-        parts = [features[id(placed.image)][placed.first : placed.first + placed.count] for placed in images]
+        parts = [
+            whole if len(whole := features[id(placed.image)]) == placed.count else whole[placed.first :][: placed.count]
+            for placed in images
+        ]
         return Inserted(places.to(tokens.device, non_blocking=True), torch.cat(parts))
 
     def _check(self, tokens: Tensor, images: Sequence[PlacedImage], places: Tensor) -> None:
@@ -111,15 +115,24 @@ class VisionLanguageModel(nn.Module):
 
     def encode_images(self, images: Sequence[ProcessedImage]) -> list[Tensor]:
         """Of each image its features [positions, hidden]."""
-        weight = self.image_newline
-        pixels = torch.cat([image.pixels for image in images])
+        device = self.image_newline.device
+        # One by one, because a GPU puts them together faster than the host does.
+        pixels = torch.cat([image.pixels.to(device, non_blocking=True) for image in images])
         groups = [pixels] if torch.is_grad_enabled() else pixels.split(CROPS_AT_ONCE)
-        features = torch.cat([self._project(group.to(weight.device, non_blocking=True)) for group in groups])
-        counts = [len(image.pixels) for image in images]
-        return [
-            arrange(part, image.layout, self.image_newline.to(part.dtype))
-            for part, image in zip(features.split(counts), images, strict=True)
-        ]
+        features = torch.cat([self._project(group) for group in groups])
+        return self._arrange_all(features.split([len(image.pixels) for image in images]), images)
+
+    def _arrange_all(self, parts: Sequence[Tensor], images: Sequence[ProcessedImage]) -> list[Tensor]:
+        """`arrange` of each image's features, those of one shape together: a batch for training has a hundred."""
+        alike: dict[ImageLayout, list[int]] = {}
+        for place, image in enumerate(images):
+            alike.setdefault(replace(image.layout, size=(0, 0), resized=(0, 0)), []).append(place)
+        found: list[Tensor | None] = [None] * len(images)
+        for layout, places in alike.items():
+            arranged = arrange(torch.stack([parts[place] for place in places]), layout, self.image_newline)
+            for place, features in zip(places, arranged.unbind(), strict=True):
+                found[place] = features
+        return found
 
     def _project(self, pixels: Tensor) -> Tensor:
         return self.multi_modal_projector(self.vision_tower(pixels))
@@ -149,16 +162,17 @@ class Projector(nn.Module):
 
 
 def arrange(features: Tensor, layout: ImageLayout, newline: Tensor) -> Tensor:
-    """[positions, hidden] of the features [1 + crops, P, hidden] of a thumbnail and its image's crops, row-major.
+    """[N, positions, hidden] of the features [N, 1 + crops, P, hidden] of N thumbnails and their images' crops.
 
-    newline: [hidden], put behind each row of the un-padded map.
+    Crops are row-major. newline: [hidden], put behind each row of the un-padded map.
     """
-    thumbnail, crops = features[0], features[1:]
-    assert len(crops) == layout.grid[0] * layout.grid[1], (features.shape, layout)
-    if not len(crops):
+    thumbnail, crops = features[:, 0], features[:, 1:]
+    assert crops.shape[1] == layout.grid[0] * layout.grid[1], (features.shape, layout)
+    if not crops.shape[1]:
         return thumbnail
-    side = round(crops.shape[1] ** 0.5)
-    whole = crops.unflatten(1, (side, side)).unflatten(0, layout.grid).transpose(1, 2).flatten(0, 1).flatten(1, 2)
-    kept = whole[layout.top : layout.top + layout.rows, layout.left : layout.left + layout.columns]
-    lines = torch.cat([kept, newline.expand(len(kept), 1, -1)], dim=1)
-    return torch.cat([thumbnail, lines.flatten(0, 1)])
+    side = round(crops.shape[2] ** 0.5)
+    grid = crops.unflatten(2, (side, side)).unflatten(1, layout.grid)  # [N, rows, columns, side, side, hidden]
+    whole = grid.transpose(2, 3).flatten(1, 2).flatten(2, 3)
+    kept = whole[:, layout.top : layout.top + layout.rows, layout.left : layout.left + layout.columns]
+    ends = newline.to(kept.dtype).expand(*kept.shape[:2], 1, -1)
+    return torch.cat([thumbnail, torch.cat([kept, ends], dim=2).flatten(1, 2)], dim=1)

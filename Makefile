@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench vision clean
 
 quickstart: $(READY)  ## train the small model on this machine's own Python library, then read what it writes
 	$(BIN)/fulmen quickstart
@@ -17,6 +17,9 @@ lint: $(READY)
 
 bench: $(READY)       ## training and decoding on this CPU beside transformers
 	$(BIN)/fulmen bench cpu
+
+vision: $(READY)      ## a model learns to see, stage by stage; a quarter of an hour on one GPU
+	$(BIN)/python bench/vision.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

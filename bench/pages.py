@@ -1,4 +1,4 @@
-"""The tables of README, docs/gpu.md and docs/serve.md, as bench/results has them.
+"""The tables of README and of pages in docs, as bench/results has them.
 
     python bench/pages.py                 writes the pages anew; nothing is measured
     fulmen bench NAME --json FILE         measures; FILE goes to bench/results
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "gpu.md", ROOT / "docs" / "serve.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "gpu.md", ROOT / "docs" / "serve.md", ROOT / "docs" / "vision.md")
 SECTION = re.compile(r"(<!-- bench/pages\.py (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -236,9 +236,50 @@ def load() -> str:
     return markdown(["", ""], rows)
 
 
+def vision_machine() -> str:
+    """What `make vision` ran on, and how long its stages took; one line."""
+    results = read("vision")
+    at = results["machine"]
+    minutes = sum(stage["seconds"] for stage in results["stages"]) / 60
+    return f"One {at['gpu']}, torch {at['torch']}; {minutes:.0f} minutes of training."
+
+
+def vision_encoder() -> str:
+    """What the encoder has learnt, beside chance and an encoder at random."""
+    rows = [
+        [
+            row["pictures"],
+            f"{row['classes']}",
+            *(
+                f"{row[key]:.0%} / {row[f'{key}, random encoder']:.0%} / {row[chance]:.0%}"
+                for key, chance in (
+                    ("zero-shot top-1", "chance"),
+                    ("image to text recall@5", "chance at 5"),
+                    ("text to image recall@5", "chance at 5"),
+                )
+            ),
+        ]
+        for row in read("vision")["encoder"]
+    ]
+    return markdown(
+        ["pictures", "classes", "zero-shot top-1", "image to text recall@5", "text to image recall@5"], rows
+    )
+
+
+def vision_stages() -> str:
+    """Right answers after each stage, and right ones on noise; bits per byte of held-out text."""
+    rows = []
+    for stage in read("vision")["stages"]:
+        if "bits per byte" in stage:
+            answers = [f"{row['held out']:.0%} / {row['noise']:.0%}" for row in stage.get("answers", [])] or ["-"] * 4
+            rows.append([stage["stage"], *answers, f"{stage['bits per byte']:.3f}", f"{stage['seconds']:.0f}"])
+    return markdown(["after", "emoji", "digits", "words", "charts", "bits per byte of text", "seconds"], rows)
+
+
 GPU = (machine, peers, flatness, model, training, memory, decode, experts)
+VISION = (vision_machine, vision_encoder, vision_stages)
 SERVING = (serving_machines, clients_cpu, clients_gpu, prefix, engine, int8, load)
-TABLES = {table.__name__: table for table in (*GPU, *SERVING)}
+TABLES = {table.__name__: table for table in (*GPU, *SERVING, *VISION)}
 
 
 if __name__ == "__main__":

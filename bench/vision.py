@@ -57,7 +57,7 @@ def main() -> None:
     encoder = encoder_table(arguments.dir / "vision-coca", PICTURES, held_out=HELD_OUT, count=arguments.count)
     print(*encoder, sep="\n")
     if arguments.json:
-        results = {"machine": describe_machine(), "stages": stages, "encoder": encoder}
+        results = {"machine": describe_machine(device=choose_device("auto")), "stages": stages, "encoder": encoder}
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ PAGES = [
     page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))) if page.exists()
 ]
 PAGES += sorted(ROOT.glob("src/**/README.md"))
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What ends a command within a line.
 ENDS = ("|", "||", "&&", "&", ";", ">", ">>", "<", "2>")
 

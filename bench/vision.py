@@ -3,8 +3,9 @@
     python bench/vision.py --dir runs --json bench/results/vision.json
     python bench/vision.py --scale 0.1          a tenth of each stage's steps: the way without the results
 
-A text model (quickstart), its encoder (CoCa), then the four stages of MiniMax-VL-01, each a recipe of its own. What is
-there already is not done again; what was broken off goes on. Measured on pictures that all stages hold out.
+A text model (quickstart, vision-0-text), its encoder (CoCa), then the four stages of MiniMax-VL-01, each a recipe of
+its own. What is there already is not done again; what was broken off goes on. Measured on pictures that all stages hold
+out.
 """
 
 import argparse
@@ -27,6 +28,7 @@ PICTURES = ("emoji", "digits", "words", "charts")
 HELD_OUT = 0.05
 STAGES = (
     ("text model", "quickstart"),
+    ("text about pictures", "vision-0-text"),
     ("encoder (CoCa)", "vision-coca"),
     ("I alignment", "vision-1-alignment"),
     ("II understanding", "vision-2-understanding"),
@@ -96,7 +98,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     if name == "vision-coca":
         return found
     found["bits per byte"] = text_table(folder, ["stdlib"], held_out=HELD_OUT, max_tokens=16384)[0]["bits per byte"]
-    if name != "quickstart":
+    if name not in ("quickstart", "vision-0-text"):
         engine = load_engine(folder, device=str(choose_device("auto")), thumbnail=name == "vision-1-alignment")
         found["answers"] = answer_table(engine, PICTURES, held_out=HELD_OUT, count=arguments.count)
         del engine

@@ -49,6 +49,24 @@ def test_questions_with_their_answers():
     assert 70 < main < 130
 
 
+def test_texts_say_what_the_picture_would_show():
+    documents = read_documents(["words-texts"])
+    kinds = {"question": 0, "refined": 0, "caption": 0}
+    for index in range(100):
+        picture = open_pictures("words").example(*divmod(index, RENDERINGS))
+        asked, answered = (message["content"] for message in documents[index].messages)
+        assert picture.refined in asked or picture.caption in asked
+        if asked.startswith(picture.refined):
+            question = asked.removeprefix(picture.refined).strip()
+            assert {q.question: q.answer for q in picture.questions}[question] == answered
+            kinds["question"] += 1
+        else:
+            kinds["refined" if answered == picture.refined else "caption"] += 1
+            assert answered in (picture.refined, picture.caption)
+            assert answered not in asked
+    assert min(kinds.values()) > 10
+
+
 def test_images_are_those_of_the_example():
     document = read_documents(["words-questions"])[5]
     (image,) = images_of(document.messages)

@@ -84,6 +84,16 @@ def questions(picture: Picture, partner: Picture, rng: Random, origin: str) -> D
     return _document([_ask(chosen.question, picture), _answer(chosen.answer)], origin)
 
 
+def texts(picture: Picture, partner: Picture, rng: Random, origin: str) -> Document:
+    """No picture: a question on its caption, or the one caption made out of the other."""
+    chosen = rng.choice((picture.questions[0], rng.choice(picture.questions[1:])))
+    described = f"{picture.refined} {chosen.question}", chosen.answer
+    named = f"{rng.choice(DESCRIBE)} {picture.caption}", picture.refined
+    listed = f"{rng.choice(KEYWORDS)} {picture.refined}", picture.caption
+    asked, answer = rng.choice((described, described, named, listed))
+    return _document([{"role": "user", "content": asked}, _answer(answer)], origin)
+
+
 def dialogues(picture: Picture, partner: Picture, rng: Random, origin: str) -> Document:
     """Two or three questions on a picture, and in half of the dialogues another one on a second picture."""
     messages: list[Message] = []
@@ -102,7 +112,12 @@ def preferences(picture: Picture, partner: Picture, rng: Random, origin: str) ->
     return PreferencePair((_ask(chosen.question, picture),), chosen.answer, chosen.wrong, origin)
 
 
-DOCUMENT_FORMS: dict[str, Form] = {"captions": captions, "questions": questions, "dialogues": dialogues}
+DOCUMENT_FORMS: dict[str, Form] = {
+    "captions": captions,
+    "texts": texts,
+    "questions": questions,
+    "dialogues": dialogues,
+}
 PAIR_FORMS: dict[str, Form] = {"preferences": preferences}
 
 

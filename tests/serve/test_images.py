@@ -8,6 +8,7 @@ from PIL import Image
 
 from fulmen.checkpoint import make_tiny
 from fulmen.config import UserError
+from fulmen.data import Tokenizer
 from fulmen.model import ModelConfig, VisionConfig, VisionLanguageConfig, VisionLanguageModel
 from fulmen.serve import Engine, EngineSettings, SamplingParams
 from fulmen.serve.memory import plan_for_config, plan_for_model
@@ -155,7 +156,6 @@ def test_leaving_in_the_midst_of_an_image_frees_it(new_engine, questions):
         engine.step()
     assert engine.runner.images._features
     engine.abort(number)
-    engine.generate([[5, 6]], GREEDY)
     assert engine.runner.images._images == engine.runner.images._features == {}
     assert engine.scheduler.pages.in_use == 0
 
@@ -192,8 +192,58 @@ def test_the_plan_counts_encoder_and_features(model):
         plan_for_config(c, settings, device="cpu", dtype=torch.float32) for c in (model.config, model.config.text)
     )
     assert sees.weights - blind.weights == model.config.count_vision_parameters() * 4
-    assert sees.activations - blind.activations == image_bytes(model.config, 4) > 0
+    assert sees.activations - blind.activations == image_bytes(model.config, settings.on("cpu"), 4) > 0
     assert plan_for_model(model, settings).weights - sees.weights < 1000  # the decay rates
+
+
+@torch.no_grad()
+def test_the_largest_image_takes_no_more_than_the_plan_counts(model):
+    """Bytes that are alive at once, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    image = model.config.vision.processor().process(picture(28 * 3, 28 * 6, 1))
+    assert len(image.pixels) == 19
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        model.encode_images([image])
+    alive = most = 0
+    for event in watched.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    assert 10_000 < most < image_bytes(model.config, EngineSettings(chunk_tokens=64).on("cpu"), 4)
+
+
+def test_a_failed_step_leaves_no_features(new_engine, questions, monkeypatch):
+    engine = new_engine(chunk_tokens=3)
+    engine.submit(questions[0][0], GREEDY)
+    for _ in range(12):
+        engine.step()
+    assert engine.runner.images._features
+    monkeypatch.setattr(engine.runner, "run", lambda step: 1 / 0)
+    assert [piece.reason for _, piece in engine.step()] == ["error"]
+    assert engine.runner.images._images == engine.runner.images._features == {}
+
+
+def test_an_image_token_is_never_drawn(new_engine, tokenizer, questions):
+    """Whatever is asked for: an answer would otherwise stand in the way of every later turn."""
+    engine = new_engine()
+    wish = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={tokenizer.image_id: 100.0})
+    (completion,) = engine.generate([questions[0][0]], wish)
+    assert tokenizer.image_id not in completion.answers[0].tokens
+
+
+def test_warming_up_leaves_no_trace(new_engine, questions):
+    engine = new_engine()
+    engine.warm_up()
+    assert not engine.has_work
+    assert engine.runner.images._images == engine.runner.images._features == {}
+    prompts, answers = questions
+    assert engine.generate(prompts[:1], GREEDY)[0].answers[0].tokens == answers[0]
+
+
+def test_a_foreign_tokenizer_is_refused(model):
+    with pytest.raises(UserError, match="<image> is token 263 of the tokenizer and 319 of the model"):
+        Engine(model, Tokenizer.train(["other words"], 264), EngineSettings(max_sequences=1, memory=64_000_000))
 
 
 def test_a_checkpoint_is_loaded(tmp_path):

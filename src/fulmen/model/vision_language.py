@@ -119,7 +119,8 @@ class VisionLanguageModel(nn.Module):
         # One by one, because a GPU puts them together faster than the host does.
         pixels = torch.cat([image.pixels.to(device, non_blocking=True) for image in images])
         groups = [pixels] if torch.is_grad_enabled() else pixels.split(CROPS_AT_ONCE)
-        features = torch.cat([self._project(group) for group in groups])
+        projected = [self._project(group) for group in groups]
+        features = projected[0] if len(projected) == 1 else torch.cat(projected)
         return self._arrange_all(features.split([len(image.pixels) for image in images]), images)
 
     def _arrange_all(self, parts: Sequence[Tensor], images: Sequence[ProcessedImage]) -> list[Tensor]:
@@ -129,7 +130,9 @@ class VisionLanguageModel(nn.Module):
             alike.setdefault(replace(image.layout, size=(0, 0), resized=(0, 0)), []).append(place)
         found: list[Tensor | None] = [None] * len(images)
         for layout, places in alike.items():
-            arranged = arrange(torch.stack([parts[place] for place in places]), layout, self.image_newline)
+            # Of one image alone, as when a prompt is processed, nothing is copied.
+            stacked = torch.stack([parts[place] for place in places]) if len(places) > 1 else parts[places[0]][None]
+            arranged = arrange(stacked, layout, self.image_newline)
             for place, features in zip(places, arranged.unbind(), strict=True):
                 found[place] = features
         return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from fulmen.checkpoint import find_checkpoint, load_config, load_generation_config, load_model
 from fulmen.config import UserError
@@ -71,6 +72,11 @@ class Engine:
         self.model = model.language_model if sees else model
         self.image_token = model.config.image_token if sees else None
         self.image_processor = model.config.vision.processor() if sees else None
+        if sees and tokenizer.image_id != self.image_token:
+            raise UserError(
+                f"<image> is token {tokenizer.image_id} of the tokenizer and {self.image_token} of the model: take the "
+                "tokenizer that the model was trained with"
+            )
         self.settings = (settings or EngineSettings()).on(self.model.embed_tokens.weight.device.type)
         self.plan = plan or plan_for_model(model, self.settings)
         self.tokenizer = tokenizer
@@ -116,11 +122,16 @@ class Engine:
         assert not self.has_work, "requests are under way"
         params = SamplingParams(max_tokens=4, ignore_eos=True)
         longest = max(1, self.plan.max_context - params.max_tokens)
-        tokens = itertools.cycle(range(self.model.config.vocab_size))
+        tokens = itertools.cycle(t for t in range(self.model.config.vocab_size) if t != self.image_token)
         for lengths in _first_lengths(self.runner.device.type, self.plan.slots, self.settings.chunk_tokens):
             prompts = [[next(tokens)] * min(length, longest) for length in lengths]
             for _ in ("anew", "out of the prefix cache"):
                 self.generate(prompts, params)
+        if self.image_processor is not None:
+            size = self.image_processor.crop_size
+            prompt = self.with_images([self.image_token], [Image.new("RGB", (size, size))])
+            if len(prompt) <= longest:
+                self.generate([prompt], params)
         self.scheduler = self._new_scheduler()
 
     def encode(self, text: str) -> list[int]:

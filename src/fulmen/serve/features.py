@@ -26,7 +26,8 @@ class ImageFeatures:
 
     def forget(self, sequence: policy.Sequence) -> None:
         """It has ended."""
-        self._images.pop(sequence, None)
+        if self._images.pop(sequence, None):
+            self.release()
 
     def insert(self, sequences: Sequence[policy.Sequence], lengths: Sequence[int]) -> Inserted | None:
         """What takes the place of embeddings among the next `lengths` tokens of each, laid end to end."""
@@ -43,7 +44,7 @@ class ImageFeatures:
         return Inserted(torch.cat(places).to(vectors.device, non_blocking=True), vectors)
 
     def release(self) -> None:
-        """A step has been computed, and its sequences have advanced: let go what no prompt is in the midst of."""
+        """Sequences have advanced or ended: let go what no prompt is in the midst of."""
         if self._features:
             begun = {
                 placed.image.digest

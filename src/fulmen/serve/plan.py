@@ -117,13 +117,16 @@ def estimate_activations(
     return tokens * (attention + experts) * max(number_bytes, 4) + logits + copied
 
 
-def image_bytes(config: VisionLanguageConfig, number_bytes: int) -> int:
-    """Of one image that is encoded, some crops at a time, and the features of the largest."""
-    vision = config.vision
+def image_bytes(config: VisionLanguageConfig, settings: EngineSettings, number_bytes: int) -> int:
+    """Of the largest image while it is encoded, some crops at a time, and put together, and of what a step inserts."""
+    vision, hidden = config.vision, config.text.hidden_size
     tokens = CROPS_AT_ONCE * (vision.side**2 + 1)
     encoding = tokens * (6 * vision.hidden_size + 2 * vision.mlp_size) * max(number_bytes, 4)
-    patches = vision.side**2 * (1 + max(rows * columns for rows, columns in GRIDS))
-    return encoding + 2 * patches * config.text.hidden_size * number_bytes
+    crops = 1 + max(rows * columns for rows, columns in GRIDS)
+    pixels = 2 * crops * 3 * vision.image_size**2 * 4
+    # As the groups' own, as one, with the newlines, and with the thumbnail before them.
+    copies = 4 * crops * vision.side**2 * hidden * number_bytes
+    return encoding + pixels + copies + settings.chunk_tokens * hidden * number_bytes
 
 
 def gathered_bytes(config: ModelConfig, context: int, number_bytes: int) -> int:
@@ -157,8 +160,7 @@ def plan_memory(
     Raises:
         UserError: one sequence of the longest context does not fit; it says what would.
     """
-    config, images = _text_and_images(config, number_bytes)
-    settings = _settled(settings, config, device)
+    config, settings, images = _settled(settings, config, device, number_bytes)
     slot, page = slot_bytes(config), page_bytes(config, settings.page_size, number_bytes)
     sizes = _Sizes(config, weights, activations, images, number_bytes, is_int8)
     longest, activations, rest = sizes.one_sequence(settings, budget)
@@ -194,17 +196,16 @@ def plan_memory(
     )
 
 
-def _text_and_images(config: ModelConfig | VisionLanguageConfig, number_bytes: int) -> tuple[ModelConfig, int]:
-    """The text model's sizes, and the bytes that images take beside it."""
-    if isinstance(config, VisionLanguageConfig):
-        return config.text, image_bytes(config, number_bytes)
-    return config, 0
-
-
-def _settled(settings: EngineSettings, config: ModelConfig, device: str) -> EngineSettings:
+def _settled(
+    settings: EngineSettings, config: ModelConfig | VisionLanguageConfig, device: str, number_bytes: int
+) -> tuple[ModelConfig, EngineSettings, int]:
+    """The text model's sizes, the settings with the device's defaults, and the bytes that images take beside."""
     if settings.max_context is not None and settings.max_context > config.max_positions:
         raise UserError(f"max_context {settings.max_context} exceeds the model's {config.max_positions} positions")
-    return settings.on(device)
+    settings = settings.on(device)
+    if isinstance(config, VisionLanguageConfig):
+        return config.text, settings, image_bytes(config, settings, number_bytes)
+    return config, settings, 0
 
 
 @dataclass(frozen=True)

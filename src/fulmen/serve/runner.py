@@ -46,7 +46,10 @@ class Runner:
         self._copy_states([slot for slot, _ in taken], [self._first_snapshot + snapshot for _, snapshot in taken])
         if not hidden:
             return [], torch.empty(0, self.model.config.vocab_size, device=self.device)
-        return sequences, self.model.logits(torch.cat(hidden))
+        logits = self.model.logits(torch.cat(hidden))
+        if self.images is not None:
+            logits[:, self.images.model.config.image_token] = -torch.inf  # it would stand for no image
+        return sequences, logits
 
     def _copy_before(self, step: Step) -> None:
         first = self._first_snapshot

@@ -267,11 +267,13 @@ def vision_encoder() -> str:
 
 
 def vision_stages() -> str:
-    """Right answers after each stage, and right ones on noise; bits per byte of held-out text."""
+    """Right answers after each stage; bits per byte of held-out text."""
     rows = []
     for stage in read("vision")["stages"]:
         if "bits per byte" in stage:
-            answers = [f"{row['held out']:.0%} / {row['noise']:.0%}" for row in stage.get("answers", [])] or ["-"] * 4
+            answers = [
+                f"{row['held out']:.0%} / {row['known']:.0%} / {row['noise']:.0%}" for row in stage.get("answers", [])
+            ] or ["-"] * 4
             rows.append([stage["stage"], *answers, f"{stage['bits per byte']:.3f}", f"{stage['seconds']:.0f}"])
     return markdown(["after", "emoji", "digits", "words", "charts", "bits per byte of text", "seconds"], rows)
 

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from fulmen.config import UserError
-from fulmen.data import Document, ImageProcessor
+from fulmen.data import Document, ImageProcessor, encode_chat, expand_images
 from fulmen.data.encoding import IGNORE, Encoded, encode_document, encode_messages
 from fulmen.data.images import PlacedImage
 
@@ -114,3 +114,13 @@ def test_a_part_has_the_rest_of_what_it_cuts():
     # A position that is a target alone has nothing in it.
     assert encoded.part(13, 20).images == ()
     assert encoded.part(0, 3).images == ()
+
+
+def test_what_is_generated_from_is_how_the_answer_began_in_training(tokenizer):
+    """With an image: the prompt of an engine is the training sample up to its first label."""
+    asked, image = say("user", picture(80, 60), "Which?"), PROCESSOR.process(picture(80, 60))
+    trained = encode_messages(tokenizer, [asked, say("assistant", "red")], [image], counted="answers")
+    prompt, _ = expand_images(encode_chat(tokenizer, [asked]), tokenizer.image_id, [image.positions])
+    first = int(torch.nonzero(trained.labels != IGNORE)[0])
+    assert trained.ids[:first].tolist() == prompt
+    assert tokenizer.decode(trained.ids[first:].tolist()) == "red"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fulmen.cli.parts import count, verb
+from fulmen.config import UserError
 
 PICTURES = ("emoji", "digits", "words", "charts")
 
@@ -16,7 +17,7 @@ def add(verbs) -> None:
         "eval",
         None,
         "measure a trained model on what its training held out",
-        "fulmen eval answers runs/vision-prefer --count 100",
+        "fulmen eval answers runs/vision-4-preference --count 100",
     )
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     one = _task(tasks, "answers", _answers, "questions about pictures: how many answers are right, and right on noise")
@@ -45,6 +46,7 @@ def _picture_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _answers(arguments: argparse.Namespace) -> int:
+    _check_place(arguments)
     from fulmen.evals.answers import answer_table, load_engine
 
     engine = load_engine(arguments.path, device=arguments.device, thumbnail=arguments.thumbnail)
@@ -53,6 +55,7 @@ def _answers(arguments: argparse.Namespace) -> int:
 
 
 def _encoder(arguments: argparse.Namespace) -> int:
+    _check_place(arguments)
     from fulmen.evals.encoder import encoder_table
 
     settings = {"held_out": arguments.held_out, "count": arguments.count, "device": arguments.device}
@@ -60,10 +63,17 @@ def _encoder(arguments: argparse.Namespace) -> int:
 
 
 def _text(arguments: argparse.Namespace) -> int:
+    _check_place(arguments)
     from fulmen.evals.text import text_table
 
     settings = {"held_out": arguments.held_out, "max_tokens": arguments.tokens, "device": arguments.device}
     return _report(text_table(arguments.path, arguments.sources, **settings), arguments)
+
+
+def _check_place(arguments: argparse.Namespace) -> None:
+    """Before minutes are spent on what could not be written."""
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise UserError(f"{arguments.json.parent} is no folder to write {arguments.json.name} into: make it first")
 
 
 def _report(rows: list[dict], arguments: argparse.Namespace) -> int:

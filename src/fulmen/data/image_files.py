@@ -1,9 +1,11 @@
 """Picture files as RGB pixels, with limits that hold before anything is decoded."""
 
+import contextlib
 import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,10 +56,7 @@ def open_image(source: bytes | str | os.PathLike | Image.Image, limits: ImageLim
     Raises UserError, naming the path if there is one, for what is missing, no file, no picture, damaged or too large.
     """
     name = _name(source)
-    with warnings.catch_warnings():
-        # Pillow warns of large pictures, which the limits judge, and of odd metadata, which matter to nobody. Threads
-        # share the list of filters; the worst that two at once can leave behind is this one.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+    with _without_warnings():
         image = source if isinstance(source, Image.Image) else _open(_content(source, name, limits), name, limits)
         _check_pixels(image, name, limits)
         try:
@@ -65,6 +64,30 @@ def open_image(source: bytes | str | os.PathLike | Image.Image, limits: ImageLim
         # Pillow's decoders raise errors of a dozen types for damaged data.
         except Exception as error:
             raise UserError(f"{name} is damaged or of a rare kind: {_reason(error)}; save it again as PNG") from error
+
+
+def picture_size(content: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """(width, height) by the header of a file's bytes; nothing is decoded.
+
+    `open_image` may give (height, width): it turns the picture as EXIF data say, which may lie behind the pixels.
+    Raises UserError as `open_image` does, for all that shows before the pixels are decoded.
+    """
+    name = _name(content)
+    with _without_warnings():
+        image = _open(_content(content, name, limits), name, limits)
+        _check_pixels(image, name, limits)
+    return image.size
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Pillow warns of large pictures, which the limits judge, and of odd metadata, which matter to nobody.
+
+    Threads share the list of filters; the worst that two at once can leave behind is this one.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def _name(source: object) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fulmen.checkpoint import find_checkpoint, load_model
+from fulmen.config import UserError
 from fulmen.data import Batch, Document, Tokenizer, held_out_batches, read_documents, split
 from fulmen.model import LanguageModel, VisionLanguageModel, choose_device
 
@@ -36,13 +37,11 @@ def bits_per_byte(
 def text_table(
     path: str | Path, sources: Sequence[str], *, held_out: float, max_tokens: int, device: str = "auto"
 ) -> list[dict]:
-    """Of each source by itself, the documents that training with this share held out."""
+    """Of the documents that training on these sources with this share held out."""
     path = find_checkpoint(path)
     model, tokenizer = load_model(path, device=choose_device(device)), Tokenizer.load(path)
-    rows = []
-    for source in sources:
-        documents = split(read_documents([source]), held_out)[1]
-        rows.append(
-            {"text": source, "bits per byte": bits_per_byte(model, tokenizer, documents, max_tokens=max_tokens)}
-        )
-    return rows
+    documents = split(read_documents(sources), held_out)[1]
+    if not len(documents):
+        raise UserError("nothing is held out: give a share above 0")
+    bits = bits_per_byte(model, tokenizer, documents, max_tokens=max_tokens)
+    return [{"text": ", ".join(sources), "bits per byte": bits}]

@@ -45,7 +45,7 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def init_connection(self) -> None:
-        """Draw projector and newline anew, so that features are as wide as the token embeddings are at the start."""
+        """Draw projector and newline anew, of the token embeddings' width; the text model's first norm undoes it."""
         width = self.language_model.embed_tokens.weight.std()
         for linear in (self.multi_modal_projector.linear_1, self.multi_modal_projector.linear_2):
             nn.init.xavier_normal_(linear.weight)

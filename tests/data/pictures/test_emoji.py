@@ -6,7 +6,7 @@ import matplotlib
 import pytest
 
 from fulmen.config import UserError
-from fulmen.data.pictures import emoji, open_pictures
+from fulmen.data.pictures import emoji, open_pictures, split_pictures
 from fulmen.data.pictures.emoji import ANNOTATIONS, FONTS, EmojiPictures, _sentence
 
 STAND_IN = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
@@ -63,12 +63,24 @@ def test_the_emoji_of_debian():
     source = open_pictures("emoji")
     names = names_of(source)
     assert 3500 <= len(source) <= 3800
-    assert names["emoji/1f44d-1f3fd"] == "thumbs up: medium skin tone"
+    thumbs = [number for number in range(len(source)) if source.name_of(number) == "emoji/1f44d"]
+    asked = [source.example(number, 0).questions[0] for number in thumbs]
+    assert "thumbs up: medium skin tone" in {question.answer for question in asked}
+    assert len(asked) == 6
     assert names["emoji/1f468-200d-1f469-200d-1f467"] == "family: man, woman, girl"
     assert names["emoji/1f1f3-1f1f4"] == "flag: Norway"
     # These islands fly the flag of Norway.
     assert "flag: Bouvet Island" not in names.values()
     assert not {"emoji/23", "emoji/2a", "emoji/31"} & set(names)
+
+
+@needs_debian
+def test_no_held_out_name_is_a_wrong_answer_in_training():
+    source = open_pictures("emoji")
+    training, held_out = split_pictures(source, 0.05)
+    hidden = {source.example(int(number), 0).questions[0].answer for number in held_out}
+    for number in training[::7]:
+        assert source.example(int(number), 1).questions[0].wrong not in hidden
 
 
 @pytest.mark.parametrize(

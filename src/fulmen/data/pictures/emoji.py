@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 from PIL import Image, ImageFont
 
 from fulmen.config import UserError
+from fulmen.data.documents import hash_fraction
 from fulmen.data.pictures.drawing import PAPERS, ask_background, other, place, write
 from fulmen.data.pictures.picture import Picture, Question
 
@@ -32,6 +33,7 @@ NO_CHARACTER = "\U0010ffff"
 SIZE = (112, 112)
 # How near in that order, where faces stand by faces, the emoji are whose names are taken for wrong answers.
 NEAR = 20
+SKIN_TONES = range(0x1F3FB, 0x1F400)
 
 
 class Emoji(NamedTuple):
@@ -51,6 +53,7 @@ class EmojiPictures:
         self._font = _open_font(font)
         named = list(_annotated(annotations)) or list(_characters())
         self._emoji = list(_drawable(named, self._font))
+        self._fractions = [hash_fraction(self.name_of(number)) for number in range(len(self._emoji))]
         if len(self._emoji) < 2:
             raise UserError(f"the font {self._font.path} draws no emoji: {WAY_OUT}")
 
@@ -58,13 +61,15 @@ class EmojiPictures:
         return len(self._emoji)
 
     def name_of(self, number: int) -> str:
-        return "emoji/" + "-".join(f"{ord(character):x}" for character in self._emoji[number].sequence)
+        """The same for all skin tones, so that none is held out whose twin is not."""
+        codes = [ord(character) for character in self._emoji[number].sequence]
+        return "emoji/" + "-".join(f"{code:x}" for code in codes if code not in SKIN_TONES or len(codes) == 1)
 
     def example(self, number: int, variant: int) -> Picture:
         emoji = self._emoji[number]
-        rng = Random(f"{self.name_of(number)}#{variant}")
+        rng = Random(f"{emoji.sequence}#{variant}")
         paper = rng.choice(list(PAPERS))
-        near = self._emoji[max(0, number - NEAR) : number + NEAR]
+        near = self._near(number)
         name = rng.choice(("Which emoji is this?", "What does this emoji show?", "Name this emoji."))
         words = rng.choice(("Which words go with this emoji?", "Give keywords for this emoji."))
         questions = (
@@ -74,6 +79,15 @@ class EmojiPictures:
         )
         draw = partial(self._draw, emoji.sequence, paper, rng.random())
         return Picture(self.name_of(number), emoji.keywords, _sentence(emoji.name), questions, draw)
+
+    def _near(self, number: int) -> list[Emoji]:
+        """Whose names are taken for wrong answers: none that is held out where `number` is not."""
+        places = range(max(0, number - NEAR), min(len(self._emoji), number + NEAR))
+        near = [self._emoji[place] for place in places if self._fractions[place] >= self._fractions[number]]
+        if len({emoji.name for emoji in near}) < 2:
+            highest = max(range(len(self._emoji)), key=lambda place: (self._fractions[place], place != number))
+            near.append(self._emoji[highest if highest != number else number - 1])
+        return near
 
     def _draw(self, sequence: str, paper: str, seed: float) -> Image.Image:
         figure = write(sequence, self._font, (0, 0, 0))

@@ -10,8 +10,10 @@ from fulmen.data.documents import Document, PreferencePair, hash_fraction
 from fulmen.data.pictures import SOURCES, open_pictures
 from fulmen.data.pictures.picture import Picture, PictureSource
 
-# How many renderings of each example there are to train on: variants 0 .. RENDERINGS - 1.
+# How many renderings of each example there are to train on: variants 0 .. RENDERINGS - 1; more where examples are few,
+# so that no source has much less than so many documents.
 RENDERINGS = 4
+DOCUMENTS = 15_000
 ALL = "pictures"
 DESCRIBE = ("Describe the picture.", "What is in the picture?", "Write a sentence about this picture.")
 KEYWORDS = ("Give keywords for the picture.", "Which words go with the picture?")
@@ -42,22 +44,21 @@ class PictureShelf(Generic[Row]):
     """A document or pair for each rendering of each example. An example's renderings have its name as their file."""
 
     def __init__(self, source: PictureSource, form: Form):
-        self._source = source
-        self._form = form
+        self._source, self._form = source, form
+        self._renderings = max(RENDERINGS, DOCUMENTS // len(source))
 
     def __len__(self) -> int:
-        return len(self._source) * RENDERINGS
+        return len(self._source) * self._renderings
 
     def __getitem__(self, row: int) -> Row:
-        number, variant = divmod(row, RENDERINGS)
+        number, variant = divmod(row, self._renderings)
         origin = self.origin(row)
         rng = Random(f"{origin} as a document")
         partner = self._source.example(self._partner(number, rng), variant)
         return self._form(self._source.example(number, variant), partner, rng, origin)
 
     def origin(self, row: int) -> str:
-        number, variant = divmod(row, RENDERINGS)
-        return f"{self._source.name_of(number)}#{variant + 1}"
+        return f"{self._source.name_of(row // self._renderings)}#{row + 1}"
 
     def _partner(self, number: int, rng: Random) -> int:
         """Another example, of a higher hash: where `number` is not held out, its partner is not either."""
@@ -79,8 +80,8 @@ def captions(picture: Picture, partner: Picture, rng: Random, origin: str) -> Do
 
 
 def questions(picture: Picture, partner: Picture, rng: Random, origin: str) -> Document:
-    """One question, in half of the documents the one that the source is for."""
-    chosen = rng.choice((picture.questions[0], rng.choice(picture.questions[1:])))
+    """One question, in three quarters of the documents the one that the source is for."""
+    chosen = rng.choice((*[picture.questions[0]] * 3, rng.choice(picture.questions[1:])))
     return _document([_ask(chosen.question, picture), _answer(chosen.answer)], origin)
 
 

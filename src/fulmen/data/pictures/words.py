@@ -68,7 +68,7 @@ class WordPictures:
             Question(first, text[0], other(rng, "abcdefghijklmnopqrstuvwxyz", text[0])),
             Question("How many letters does it have?", str(len(text)), other(rng, "2345", str(len(text)))),
         )
-        caption, refined = f"text, word, {text}", f'The word "{text}" in {ink} on {paper}.'
+        caption, refined = f"text, word, {text}", f'The word "{text}".'
         draw = partial(self._draw, text, FONTS[font], ink, paper, rng.random())
         return Picture(self.name_of(number), caption, refined, questions, draw)
 

@@ -89,6 +89,12 @@ class TestGenerate:
         ):
             assert_refused(fulmen("generate", folder / "nothing", "-p", "a", "--image", folder / name), part)
 
+    def test_what_is_too_thin_is_refused_before_the_model_is_loaded(self, fulmen, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(Engine, "load", None)
+        Image.new("RGB", (1, 2000)).save(tmp_path / "thin.png")
+        result = fulmen("generate", folder / "sees", "-p", "a", "--image", tmp_path / "thin.png")
+        assert_refused(result, "an image of 1 x 2000 pixels is too thin")
+
     def test_a_model_that_takes_none(self, fulmen, folder):
         result = fulmen("generate", folder / "blind", "-p", "a", "--image", folder / "red.png")
         assert_refused(result, "this model takes no images")
@@ -123,6 +129,13 @@ class TestChat:
         assert re.search(r"\[cannot read the image \S+missing\.png: [^\n]+\]\n", out)
         assert out.count("ai: ") == 1
         assert not shown[0].images
+
+    def test_a_home_that_nobody_has(self, fulmen, folder, stdin, shown):
+        """Images that were attached before stay."""
+        typed = f"/image {folder}/red.png\n/image ~nosuchuser/a.png\nThis?\n"
+        out = self.chat(fulmen, stdin, folder / "sees", typed)
+        assert re.search(r"\[cannot read the image ~nosuchuser/a\.png: [^\n]+\]\n", out)
+        assert len(shown[0].images) == 1
         out = self.chat(fulmen, stdin, folder / "blind", f"/image {folder}/red.png\nHello\n")
         assert "[this model takes no images]" in out
         assert out.count("ai: ") == 1

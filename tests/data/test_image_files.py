@@ -12,6 +12,7 @@ from PIL import Image, ImageFile
 
 from fulmen.config import UserError
 from fulmen.data import ImageLimits, open_image
+from fulmen.data.image_files import picture_size
 
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
 
@@ -217,6 +218,16 @@ def test_a_picture_too_large_is_not_decoded(monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(UserError, match="more than 199 pixels: make it smaller"):
         open_image(image, ImageLimits(max_pixels=199))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_a_size_is_read_from_the_header_alone(kind, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    data = content(noise(20, 10), kind)
+    assert picture_size(data) == (20, 10)
+    for limits in (ImageLimits(max_pixels=199), ImageLimits(max_bytes=len(data) - 1), ImageLimits(formats=("TIFF",))):
+        with pytest.raises(UserError, match=r"more than|is not a picture"):
+            picture_size(data, limits)
 
 
 def test_the_limits_are_inclusive():

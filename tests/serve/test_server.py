@@ -185,3 +185,4 @@ def test_images_are_taken_as_it_is_told(request, monkeypatch, sees):
     assert (images is not None) == sees
     if sees:
         assert (images.max_images, images._allow_urls, images.image_token) == (3, True, engine.image_token)
+        assert images._pool._shutdown

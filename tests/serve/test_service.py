@@ -10,7 +10,6 @@ import torch
 from fulmen.config import UserError
 from fulmen.data import PlacedImage, ProcessedImage
 from fulmen.serve import Completion, SamplingParams
-from fulmen.serve import service as module
 from fulmen.serve.prompt import Prompt
 from fulmen.serve.service import Service
 from fulmen.serve.types import QueueFull
@@ -107,9 +106,7 @@ def test_a_full_queue_says_when_to_come_back(new_engine):
     assert len(asyncio.run(run())[0].tokens) == 5
 
 
-def test_images_together_are_bounded(engine, monkeypatch):
-    """By the bytes of their pixels; text is taken all the same, and so is any request that is alone with its images."""
-    monkeypatch.setattr(module, "MAX_PIXELS", 1000)
+def test_pixels_count_until_the_answers_end(engine, monkeypatch):
     monkeypatch.setattr(engine, "check", lambda *_: 5)  # the model here has no eyes
 
     def shown(size):
@@ -118,11 +115,12 @@ def test_images_together_are_bounded(engine, monkeypatch):
 
     async def run():
         async with Service(engine) as service:
-            asked = [service.stream(prompt, SHORT) for prompt in (shown(600), shown(400), [5])]
-            with pytest.raises(QueueFull):
-                service.stream(shown(1), SHORT)
-            await asyncio.gather(*map(whole, asked))
-            await whole(service.stream(shown(2000), SHORT))
+            first, second, _ = (service.stream(prompt, SHORT) for prompt in (shown(600), shown(400), [5]))
+            assert service.pixels == 1000
+            await second.aclose()
+            assert service.pixels == 600
+            await whole(first)
+            assert service.pixels == 0
 
     asyncio.run(run())
 

@@ -59,7 +59,10 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     params = _sampling_params(arguments)
     prompt = _read_prompt() if arguments.prompt is None else arguments.prompt
-    images = [_open_image(path) for path in arguments.image]  # before minutes are spent on loading
+    # Before minutes are spent on loading.
+    images = [_open_image(path) for path in arguments.image]
+    if images:
+        _check_shapes(arguments.path, images)
     engine = _load_engine(arguments)
     if images:
         pieces = engine.stream(engine.encode_chat([user_turn(prompt.strip(), images)]), params)
@@ -80,6 +83,17 @@ def _open_image(path: Path):
     from fulmen.data.image_files import FORMATS
 
     return open_image(path, ImageLimits(formats=FORMATS))
+
+
+def _check_shapes(model: Path, images: list) -> None:
+    """Raise UserError for an image that is too thin for the checkpoint's model; one without eyes says so itself."""
+    from fulmen.checkpoint import find_checkpoint, load_config
+    from fulmen.model import VisionLanguageConfig
+
+    config = load_config(find_checkpoint(model))
+    if isinstance(config, VisionLanguageConfig):
+        for image in images:
+            config.vision.processor().layout(*image.size)
 
 
 def _read_prompt() -> str:
@@ -135,10 +149,17 @@ def _attach(engine, name: str, images: list) -> None:
             raise UserError("this model takes no images")
         if not name:
             raise UserError("name a file: /image FILE")
-        images.append(_open_image(Path(name).expanduser()))
+        images.append(_open_image(_expanded(name)))
         print(f"[{name} is shown with your next line]")
     except UserError as error:
         print(f"[{error}]")
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"cannot read the image {name}: {error}") from None
 
 
 def _print_reply(conversation, text: str, params, images: list) -> None:

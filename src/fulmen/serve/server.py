@@ -1,6 +1,7 @@
 """An engine behind a socket, until somebody stops it."""
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -77,11 +78,13 @@ async def serve(
     """
     engine.warm_up()
     images = None
-    if engine.image_processor is not None:
-        images = ImageReader(
-            engine.image_processor, engine.image_token, max_images=max_images, allow_urls=allow_image_urls
-        )
-    async with Service(engine) as service:
+    async with contextlib.AsyncExitStack() as stack:
+        if engine.image_processor is not None:
+            reader = ImageReader(
+                engine.image_processor, engine.image_token, max_images=max_images, allow_urls=allow_image_urls
+            )
+            images = stack.enter_context(reader)
+        service = await stack.enter_async_context(Service(engine))
         app = create_app(
             service,
             model_name=model_name,

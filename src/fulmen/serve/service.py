@@ -16,16 +16,13 @@ from fulmen.serve.types import Piece, QueueFull
 
 LOG = logging.getLogger(__name__)
 
-MAX_PIXELS = 2 * 1024**3
-"""Bytes of pixels that all requests may hold together, from their coming to their end."""
-
 
 class Answers:
     """The pieces of a request's answers as they come; `aclose` ends it early and frees its memory."""
 
     def __init__(self, service: "Service", request: int, count: int, pixels: int):
         self._service, self._request, self._awaited = service, request, count
-        self.pixels = pixels  # bytes
+        self.pixels = pixels  # bytes, let go when all answers have ended
         self.open = set(range(count))  # answers whose last piece is not here yet
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
 
@@ -74,6 +71,11 @@ class Service:
         """Tokens of a prompt and its answer, at most."""
         return self.engine.plan.max_context
 
+    @property
+    def pixels(self) -> int:
+        """Bytes of the pixels that requests hold here; who takes images in decides how many are too many."""
+        return sum(answers.pixels for answers in self._answers.values())
+
     async def __aenter__(self) -> "Service":
         self._loop = asyncio.get_running_loop()
         release_openmp_threads()  # this thread may have computed before, and the engine's does from now on
@@ -87,29 +89,20 @@ class Service:
     def stream(self, prompt: Prompt | Sequence[int], params: SamplingParams) -> Answers:
         """The answers to a prompt, of the event loop that the service was entered in.
 
-        Raises UserError for what can never be served, QueueFull where too many wait or their images are too many.
+        Raises UserError for what can never be served, QueueFull where too many wait.
         """
         prompt = Prompt.of(prompt)
         self.engine.check(prompt, params)
-        pixels = sum(placed.image.pixels.nbytes for placed in prompt.images)
         waiting = len(self._answers) - len(self._begun)
-        if (
-            not self.ready
-            or waiting >= self.engine.settings.max_waiting + self.engine.plan.slots
-            or self._fills(pixels)
-        ):
+        if not self.ready or waiting >= self.engine.settings.max_waiting + self.engine.plan.slots:
             raise QueueFull(retry_after=1 + waiting // max(1, self.engine.plan.slots))
         request = next(self._numbers)
+        pixels = sum(placed.image.pixels.nbytes for placed in prompt.images)
         answers = self._answers[request] = Answers(self, request, params.n, pixels)
         self.metrics.begin(request)
         self._idle.clear()
         self._inbox.put((request, prompt, params))
         return answers
-
-    def _fills(self, pixels: int) -> bool:
-        """Whether so many bytes are too many beside the others' images. Alone, a request may have any number."""
-        others = sum(answers.pixels for answers in self._answers.values()) if pixels else 0
-        return others > 0 and others + pixels > MAX_PIXELS
 
     async def stop(self, grace: float) -> None:
         """Take no more requests, end those that run within `grace` seconds, then break off the others."""

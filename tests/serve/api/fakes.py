@@ -23,6 +23,7 @@ class FakeService:
     """
 
     max_context = 400
+    pixels = 0
 
     def __init__(self, tokenizer, text="Lightning keeps a state."):
         self.tokenizer, self.text = tokenizer, text

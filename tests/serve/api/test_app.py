@@ -675,7 +675,7 @@ def test_serving_is_imported_where_it_is_used():
 def test_the_document_has_the_errors(new_app):
     document = new_app(api_key="k").openapi()
     responses = document["paths"][CHAT]["post"]["responses"]
-    assert set(responses) == {"200", "400", "401", "404", "413", "429", "500", "503", "504"}
+    assert set(responses) == {"200", "400", "401", "404", "408", "413", "429", "500", "503", "504"}
     assert "text/event-stream" in responses["200"]["content"]
     assert document["paths"][CHAT]["post"]["security"] == [{"key": []}]
     assert "security" not in document["paths"]["/health"]["get"]

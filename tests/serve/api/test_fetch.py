@@ -89,6 +89,20 @@ def test_one_private_address_among_public_ones_is_enough(connected, names):
     assert not connected
 
 
+def test_look_ups_have_threads_of_their_own(names, connected, monkeypatch):
+    names(PUBLIC)
+    look_up, threads = socket.getaddrinfo, []
+
+    def watched(*arguments, **options):
+        threads.append(threading.current_thread().name)
+        return look_up(*arguments, **options)
+
+    monkeypatch.setattr("socket.getaddrinfo", watched)
+    with pytest.raises(UserError, match="cannot be reached"):
+        get("http://example.com/a.png")
+    assert [name.startswith("look-ups") for name in threads] == [True]
+
+
 @pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
 def test_the_address_that_was_checked_is_connected_to(connected, names, scheme, port):
     """A name that means another address the next time it is asked for (DNS rebinding) is not asked for again."""

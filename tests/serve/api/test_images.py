@@ -1,13 +1,17 @@
 """Images in requests: what the model is shown, what is refused and by which name, and how much is taken at a time."""
 
 import asyncio
+import gc
+import io
 import json
 import threading
 import time
+import weakref
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from PIL import ExifTags, Image
 from tests.serve.api.fakes import MODEL, FakeService
 from tests.serve.api.pictures import asking, bomb, data_url, part, picture, png
 from tests.serve.api.test_app import CHAT, HELLO, TEXT, call, error_of, events_of
@@ -213,6 +217,17 @@ def test_images_that_do_not_fit_the_context(client, service):
     assert not service.asked
 
 
+def test_what_does_not_fit_the_context_is_not_decoded(client, monkeypatch):
+    monkeypatch.setattr(images, "_process", None)
+    response = client.post(CHAT, json=ask("a", *[png(336, 336)] * 2))
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_tokens_are_counted_beyond_the_context(client, service):
+    reply = client.post("/tokenize", json=ask("a", *[png(336, 336)] * 2)).json()
+    assert reply["count"] > reply["max_model_len"] == service.max_context
+
+
 def test_images_are_the_users(client):
     for role in ("system", "assistant"):
         body = HELLO | {"messages": [{"role": role, "content": [part(data_url(SMALL))]}]}
@@ -248,8 +263,111 @@ def test_few_are_decoded_at_once(new_app, monkeypatch):
     assert most[0] == images.WORKERS
 
 
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+def test_pixels_are_counted_before_they_are_decoded(client, service, monkeypatch, path):
+    """With those that the engine has; alone, a request may have any number."""
+    need = PROCESSOR.process(picture()).pixels.nbytes
+    monkeypatch.setattr(images, "MAX_PIXELS", 3 * need)
+    service.pixels = need
+    assert client.post(path, json=ask(SMALL, SMALL)).status_code == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_process", None)
+        response = client.post(path, json=ask(SMALL, SMALL, SMALL))
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    assert response.json()["error"]["code"] == "images_full"
+    assert client.post(path, json=HELLO).status_code == 200
+    service.pixels = 0
+    assert client.post(path, json=ask(*[SMALL] * 4)).status_code == 200
+
+
+def test_pixels_count_until_the_request_is_handed_over(new_app, monkeypatch):
+    """Those that are fetched count as soon as their size is known."""
+    need = PROCESSOR.process(picture()).pixels.nbytes
+    monkeypatch.setattr(images, "MAX_PIXELS", 2 * need)
+    gate, begun = threading.Event(), threading.Event()
+    process = images._process
+
+    def slowly(*arguments):
+        begun.set()
+        assert gate.wait(20)
+        return process(*arguments)
+
+    async def fetch(*_):
+        return SMALL
+
+    monkeypatch.setattr(images, "_process", slowly)
+    monkeypatch.setattr(images, "fetch", fetch)
+    fetched = part("https://example.com/a.png")
+
+    async def go():
+        transport = httpx.ASGITransport(new_app(reading={"allow_urls": True}))
+        async with httpx.AsyncClient(transport=transport, base_url="http://a") as http:
+
+            async def post(*parts):
+                return (await http.post(CHAT, json=ask(*parts), timeout=60)).status_code
+
+            first = asyncio.create_task(post(SMALL, SMALL))
+            await asyncio.to_thread(begun.wait, 20)
+            others = [await post(item) for item in (SMALL, fetched)]
+            gate.set()
+            return [*others, await first, await post(SMALL, SMALL), await post(fetched, fetched, fetched)]
+
+    assert asyncio.run(go()) == [429, 429, 200, 200, 200]
+
+
+@pytest.mark.parametrize("size", [(40, 40), (300, 40), (40, 300), (120, 90), (57, 113), (200, 199)])
+@pytest.mark.parametrize("turn", [1, 6])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_what_an_image_needs_is_told_by_its_header(size, turn, dynamic):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = turn
+    picture(*size).save(file, "JPEG", exif=exif)
+    processor = ImageProcessor(crop_size=56, dynamic=dynamic)
+    need, image = images._measure(processor, file.getvalue()), processor.read(file.getvalue())
+    assert image.layout.size == (size if turn == 1 else size[::-1])
+    assert need.pixels >= image.pixels.nbytes
+    assert need.positions <= image.positions
+    if size == (40, 40):
+        assert (need.pixels, need.positions) == (image.pixels.nbytes, image.positions)
+
+
+def test_a_stream_holds_no_pixels(new_app, service, monkeypatch):
+    """However long its client takes to read it: the service counts them only until the engine is done."""
+    shown, stream = [], service.stream
+
+    def watched(prompt, params):
+        shown.extend(weakref.ref(placed.image) for placed in prompt.images)
+        answers = stream(prompt, params)
+        service.shown.clear()
+        return answers
+
+    monkeypatch.setattr(service, "stream", watched)
+    service.hold = 2
+    app = new_app()
+
+    async def go():
+        task = asyncio.create_task(call(app, ask(SMALL, stream=True)))
+        while service.open == 0:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        gc.collect()
+        held = [image() for image in shown]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return held
+
+    assert asyncio.run(go()) == [None]
+
+
+def test_its_threads_end_with_it(tokenizer):
+    with ImageReader(PROCESSOR, tokenizer.image_id) as reader:
+        pass
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        reader._pool.submit(print)
+
+
 def test_who_leaves_is_not_read_for(new_app, service, monkeypatch):
-    async def read(*_):
+    async def read(*_, **__):
         await asyncio.Event().wait()
 
     monkeypatch.setattr(ImageReader, "read", read)
@@ -283,6 +401,79 @@ def test_bodies_have_room_for_images_alone(new_app, blind, service, monkeypatch)
     many = b'{"a": "data:image/png;base64,", "b": ' + b"[]," * 1000
     response = client.post(CHAT, content=many, headers={"content-type": "application/json"})
     assert error_of(response)[0] == 413  # before it is read as JSON, which it is not
+
+
+def test_short_strings_are_no_images(new_app, monkeypatch):
+    """Millions of them would take seconds to find."""
+    monkeypatch.setattr(limits, "MAX_BODY", 2000)
+    client = TestClient(new_app())
+    headers = {"content-type": "application/json"}
+    for content in (b'"data:image/",' * 1000, b'"data:image/' + b"a" * 999 + b'",' + b" " * 1200):
+        assert error_of(client.post(CHAT, content=content, headers=headers))[0] == 413
+
+
+def test_large_bodies_are_read_in_a_thread(client, monkeypatch):
+    threads, read = [], limits.read_json
+    monkeypatch.setattr(limits, "read_json", lambda body: threads.append(threading.current_thread().name) or read(body))
+    noise = bytes(range(256)) * 4000
+    assert client.post(CHAT, json=ask(SMALL + noise)).status_code == 200
+    assert client.post(CHAT, json=ask(SMALL)).status_code == 200
+    assert ["worker" in name for name in threads] == [True, False]
+
+
+def test_a_body_that_comes_too_slowly():
+    """It is refused, and what it held is free again; who has sent all may wait for the answer as long as it takes."""
+
+    async def go():
+        async def app(scope, receive, send):
+            while (await receive()).get("more_body"):
+                pass
+            await receive()
+
+        limited = BodyLimit(app, limit=10**7, seconds=0.05)
+
+        async def post(*messages):
+            incoming = [{"type": "http.request", "body": bytes(2 * 10**6), "more_body": more} for more in messages]
+
+            async def receive():
+                if incoming:
+                    return incoming.pop(0)
+                await asyncio.sleep(0.2)
+                return {"type": "http.disconnect"}
+
+            await limited({"type": "http", "headers": []}, receive, None)
+
+        with pytest.raises(limits.ApiError) as refused:
+            await post(True, True)
+        assert (refused.value.status_code, refused.value.headers["Connection"]) == (408, "close")
+        assert limited._held == 0
+        await post(True, False)
+
+    asyncio.run(go())
+
+
+def test_a_body_counts_until_its_answer_begins():
+    async def go():
+        held = []
+
+        async def app(scope, receive, send):
+            await receive()
+            held.append(limited._held)
+            await send({"type": "http.response.start"})
+            held.append(limited._held)
+
+        async def receive():
+            return {"type": "http.request", "body": bytes(2 * 10**6)}
+
+        async def send(_):
+            pass
+
+        limited = BodyLimit(app, limit=10**7)
+        await limited({"type": "http", "headers": []}, receive, send)
+        assert held == [2 * 10**6, 0]
+        assert limited._held == 0
+
+    asyncio.run(go())
 
 
 def test_the_limits_of_bodies(new_app, blind, service, monkeypatch):

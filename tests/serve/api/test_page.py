@@ -7,6 +7,7 @@ image: of the model at --server, which must see, or of a random one.
 import argparse
 import base64
 import io
+import re
 import shutil
 import tempfile
 from contextlib import asynccontextmanager, contextmanager, nullcontext
@@ -22,6 +23,7 @@ from fulmen.data import ImageProcessor
 from fulmen.serve import Engine, EngineSettings
 from fulmen.serve.api.app import create_app
 from fulmen.serve.api.images import ImageReader
+from fulmen.serve.api.limits import MAX_BODY, MAX_IMAGE_BODY
 from fulmen.serve.service import Service
 
 CHROMIUM = shutil.which("chromium")
@@ -277,6 +279,25 @@ def test_a_model_without_eyes_is_shown_no_images(page, service):
     assert page.is_hidden("#notice")
 
 
+class TestBeforeTheModelIsKnown:
+    @pytest.fixture
+    def key(self):
+        return "secret"
+
+    @pytest.fixture
+    def images(self, tokenizer):
+        return ImageReader(ImageProcessor(crop_size=56), tokenizer.image_id)
+
+    def test_attaching_asks_for_it(self, page):
+        expect(page.locator("#model")).to_contain_text("API key")
+        hand_over(page, "drop", png())
+        expect(page.locator("#notice")).to_contain_text("this server needs its API key")
+        page.evaluate("document.querySelector('#key').value = 'secret'")  # no event says so
+        hand_over(page, "drop", png())
+        expect(page.locator(SLOTS)).to_have_count(1)
+        assert page.is_hidden("#notice")
+
+
 class TestImages:
     @pytest.fixture
     def images(self, tokenizer, service):
@@ -374,6 +395,40 @@ class TestImages:
         assert sizes(service) == [[(2016, 1008)]]
         assert f"data:{mime};base64," in next(body for body in bodies if body)
         assert page.complaints == []
+
+    def test_what_is_many_bytes_becomes_jpeg(self, page, service):
+        """A PNG of noise, as files of photographs are; all of a conversation's images go with each turn."""
+        file = io.BytesIO()
+        Image.effect_noise((1200, 1200), 100).convert("RGB").save(file, "PNG")
+        assert len(file.getvalue()) > 1_200_000
+        hand_over(page, "drop", file.getvalue())
+        expect(page.locator(SLOTS)).to_have_count(1)
+        url = page.locator(f"{SLOTS} img").get_attribute("src")
+        assert url.startswith("data:image/jpeg;base64,")
+        assert len(url) < 1_500_000
+        send(page, "This?")
+        wait_until_done(page)
+        assert sizes(service) == [[(1200, 1200)]]
+
+    def test_no_more_bytes_than_the_server_takes(self, page):
+        source = page.content()
+        most = float(re.search(r"LARGEST_IMAGES = (\S+);", source)[1])
+        assert most < MAX_IMAGE_BODY - MAX_BODY - 1_000_000  # what is around them
+        page.evaluate("turns.push({ role: 'user', text: '', images: ['a'.repeat(LARGEST_IMAGES - 1000)] })")
+        choose(page, png(), bytes(png(400, 400)) + bytes(2000))
+        expect(page.locator("#notice")).to_have_text(
+            "One chat holds no more bytes of images here. A new chat has room again."
+        )
+        assert page.locator(SLOTS).count() == 1
+
+    def test_a_new_chat_has_none(self, page, service):
+        choose(page, png(), png())
+        expect(page.locator(SLOTS)).to_have_count(2)
+        page.click("#new")
+        assert page.is_hidden("#previews")
+        send(page, "Hello")
+        wait_until_done(page)
+        assert sizes(service) == [[]]
 
     def test_what_is_transparent_becomes_white(self, page, service):
         file = io.BytesIO()

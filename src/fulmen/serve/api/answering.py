@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence, Sized
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -47,6 +47,8 @@ class AnswersPrompts(Protocol):
 
     @property
     def max_context(self) -> int: ...
+    @property
+    def pixels(self) -> int: ...  # bytes that requests hold
     def stream(self, prompt: Prompt | list[int], params: SamplingParams) -> Answers: ...
 
 
@@ -74,6 +76,13 @@ class Api:
             message = f"there is no model {model!r:.200} here: it is {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
+    def check_length(self, tokens: int, *, param: str) -> None:
+        """Raise ApiError (400) for a prompt of so many tokens, or more, that no answer would fit after it."""
+        room = self.service.max_context
+        if tokens >= room:
+            message = f"{param} has {tokens} tokens; {room} is the longest context here, the answer included"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
+
     async def open(self, prompts: Sequence[Prompt | list[int]], params: SamplingParams, *, param: str) -> "Streams":
         """Begin to answer. Raises ApiError, UserError, QueueFull, with nothing begun.
 
@@ -81,10 +90,7 @@ class Api:
         """
         if not self.service.ready:  # it may have stopped while the prompts were encoded
             raise stopping()
-        longest, room = max(map(len, prompts)), self.service.max_context
-        if longest >= room:
-            message = f"{param} has {longest} tokens; {room} is the longest context here, the answer included"
-            raise ApiError(400, message, param=param, code="context_length_exceeded")
+        self.check_length(max(map(len, prompts)), param=param)
         streams = Streams(self.request_timeout)
         try:
             for prompt in prompts:
@@ -157,9 +163,12 @@ class Streams:
 
 @dataclass
 class Used:
-    """Counts the tokens of a request, and tells them in the chunks of a stream as its client wishes."""
+    """Counts the tokens of a request, and tells them in the chunks of a stream as its client wishes.
 
-    prompts: Sequence[Sized]
+    prompt_tokens: of each prompt. Not the prompts themselves, whose images would stay until the last chunk is read.
+    """
+
+    prompt_tokens: Sequence[int]
     options: StreamOptions | None = None
     _cached: dict[int, int] = field(init=False, default_factory=dict)
     _generated: dict[tuple[int, int], int] = field(init=False, default_factory=dict)
@@ -184,7 +193,7 @@ class Used:
 
     def usage(self) -> Usage:
         """A prompt counts once, however many answers it has."""
-        prompt, generated = sum(map(len, self.prompts)), sum(self._generated.values())
+        prompt, generated = sum(self.prompt_tokens), sum(self._generated.values())
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=generated,

@@ -27,6 +27,7 @@ REASONS = {
     400: "The request is not one that this server takes; `param` names the field",
     401: "The API key is missing or wrong",
     404: "There is no such model",
+    408: "The body comes too slowly",
     413: "The body is too large",
     429: "Too many requests wait, or too many large ones are here",
     500: "The server has failed",
@@ -69,7 +70,7 @@ def create_app(
     )
     counts = HttpCounts()
     add_handlers(app)
-    failures = _errors(400, 413, 500, 503, *([401] if api_key else []))
+    failures = _errors(400, 408, 413, 500, 503, *([401] if api_key else []))
     app.include_router(chat_routes(api), responses=failures | _errors(404, 429, 504))
     app.include_router(completion_routes(api), responses=failures | _errors(404, 429, 504))
     app.include_router(_token_routes(api), responses=failures | _errors(404, 429))
@@ -123,7 +124,8 @@ def _token_routes(api: Api) -> APIRouter:
     async def encode(body: TokenizeRequest, request: Request) -> list[int]:
         if body.prompt is None:
             generate = body.add_generation_prompt
-            return (await chat_prompt(api, request, body.messages, body.tools or [], generate=generate)).tokens
+            async with chat_prompt(api, request, body.messages, body.tools or [], generate=generate) as prompt:
+                return prompt.tokens
         if body.add_special_tokens:
             return await run_in_threadpool(encode_text, api.tokenizer, body.prompt)
         return await run_in_threadpool(api.tokenizer.encode, body.prompt)

@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: conversations, with functions that the model may call."""
 
+import contextlib
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -54,26 +55,47 @@ def chat_routes(api: Api) -> APIRouter:
         """Answer the last message of a conversation."""
         api.check(request, body.model)
         params = chat_params(body)
-        prompt = await chat_prompt(api, request, body.messages, offered(body))
-        streams = await api.open([prompt], params, param="messages")
-        return await respond(request, _Answering(api, body, prompt), streams, streamed=body.stream)
+        async with chat_prompt(api, request, body.messages, offered(body), has_answer=True) as prompt:
+            streams = await api.open([prompt], params, param="messages")
+        answering = _Answering(api, body, len(prompt))
+        del prompt  # its images are the engine's, for as long as that needs them
+        return await respond(request, answering, streams, streamed=body.stream)
 
     return router
 
 
+@contextlib.asynccontextmanager
 async def chat_prompt(
-    api: Api, request: Request, messages: Sequence[Any], tools: Sequence[Tool], *, generate: bool = True
-) -> Prompt:
-    """What the model reads of a conversation, images included. Raises ApiError for an image that cannot be had."""
+    api: Api,
+    request: Request,
+    messages: Sequence[Any],
+    tools: Sequence[Tool],
+    *,
+    generate: bool = True,
+    has_answer: bool = False,
+) -> AsyncIterator[Prompt]:
+    """What the model reads of a conversation, images included, whose pixels are counted until the block ends.
+
+    has_answer: refuse a prompt that leaves no room for one, as far as sizes tell before any image is decoded.
+    Raises ApiError for an image that cannot be had, and where there is no memory for its pixels.
+    """
     rendered, asked = model_messages(messages, tools), asked_images(messages)
     if asked and api.images is None:
         param = asked[0].param.removesuffix(".image_url.url")
         raise _unfit(param, f"{param}: this model takes no images")
     tokens = await run_in_threadpool(encode_chat, api.tokenizer, rendered, generate=generate)
     if not asked:
-        return Prompt(tokens)
-    images = await unless_left(request, api.images.read(asked))
-    return Prompt.with_images(tokens, images, api.images.image_token)
+        yield Prompt(tokens)
+        return
+
+    def check(positions: int) -> None:
+        if has_answer:
+            api.check_length(len(tokens) - len(asked) + positions, param="messages")
+
+    with api.images.counting() as count:
+        reading = api.images.read(asked, count, check_positions=check, elsewhere=lambda: api.service.pixels)
+        images = await unless_left(request, reading)
+        yield Prompt.with_images(tokens, images, api.images.image_token)
 
 
 def offered(body: ChatRequest) -> list[Tool]:
@@ -198,10 +220,10 @@ class _Answer:
 class _Answering:
     """The answers to one request."""
 
-    def __init__(self, api: Api, body: ChatRequest, prompt: Prompt):
+    def __init__(self, api: Api, body: ChatRequest, prompt_tokens: int):
         names = [tool.function.name for tool in offered(body)]
         self._answers = [_Answer(api, names, bool(body.logprobs)) for _ in range(body.n or 1)]
-        self._used = Used([prompt], body.stream_options)
+        self._used = Used([prompt_tokens], body.stream_options)
         self._api = api
 
     async def whole(self, streams: Streams) -> ChatCompletion:

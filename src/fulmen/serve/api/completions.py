@@ -71,7 +71,7 @@ class _Answering:
 
     def __init__(self, api: Api, body: CompletionRequest, prompts: list[list[int]], n: int):
         self._tokenizer, self._n = api.tokenizer, n
-        self._used = Used(prompts, body.stream_options)
+        self._used = Used([len(prompt) for prompt in prompts], body.stream_options)
         self._head = envelope("cmpl", "text_completion", api.model_name)
         self._has_logprobs, self._has_top = body.logprobs is not None, bool(body.logprobs)
         self._offsets: dict[int, _Offset] = {}

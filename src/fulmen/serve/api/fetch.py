@@ -8,6 +8,7 @@ import ipaddress
 import re
 import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -19,6 +20,8 @@ MAX_URL = 2048
 """Characters of an address."""
 MAX_HEAD = 64 * 1024
 """Bytes of an answer beside its content: headers, and lengths of chunks."""
+LOOK_UPS = 4
+"""Names that are looked up at once; one that nobody answers for keeps its thread longer than `SECONDS`."""
 PORTS = {"http": 80, "https": 443}
 UNICAST = ipaddress.ip_network("2000::/3")
 """Of IPv6 addresses those that are routed; none of the forms that wrap an address of IPv4 is among them, but 6to4."""
@@ -75,9 +78,9 @@ def _parse(url: str) -> _Target:
 
 async def _look_up(target: _Target) -> str:
     """One of the host's addresses."""
-    look_up = asyncio.get_running_loop().getaddrinfo
+    look_up = functools.partial(socket.getaddrinfo, target.host, PORTS[target.scheme], type=socket.SOCK_STREAM)
     try:
-        found = await look_up(target.host, PORTS[target.scheme], type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(_threads(), look_up)
     except UnicodeError:  # a label that is too long
         raise UserError("the image's address names no host") from None
     addresses = [address for *_, (address, *_) in found]
@@ -102,6 +105,12 @@ async def _exchange(target: _Target, address: str, max_bytes: int) -> bytes:
         return bytes(received)
     finally:
         writer.transport.abort()
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """For look-ups alone, which would keep the event loop's own threads from all else."""
+    return ThreadPoolExecutor(LOOK_UPS, thread_name_prefix="look-ups")
 
 
 @functools.cache

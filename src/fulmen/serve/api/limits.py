@@ -1,14 +1,17 @@
 """What the HTTP API lets in: size, keys and JSON of a bounded kind; and what it counts. Plain ASGI, no framework."""
 
+import asyncio
 import hashlib
 import hmac
 import json
 import logging
 import re
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,10 +24,13 @@ MAX_BODY = 8 * 1024 * 1024
 MAX_IMAGE_BODY = 64 * 1024 * 1024
 """Bytes of a body, images included, where the model takes them."""
 MAX_BODIES = 512 * 1024 * 1024
-"""Bytes of all large bodies together; each lies in memory until its request is answered."""
+"""Bytes of all large bodies together; each lies in memory until its request's answer begins."""
 SMALL_BODY = 1024 * 1024
 """Bytes of a body that is always taken, whatever others fill."""
-DATA_URL = re.compile(rb'"data:image/[^"]*"', re.IGNORECASE)
+BODY_SECONDS = 60.0
+"""From the beginning of a request until all of its body is here."""
+DATA_URL = re.compile(rb'"data:image/[^"]{1000,}"', re.IGNORECASE)
+"""What may be an image, roughly. Shorter ones count as text: millions of them would take seconds to find."""
 MAX_NESTING = 100
 """Objects and lists within each other in a request's JSON."""
 MAX_DIGITS = 20
@@ -37,11 +43,12 @@ METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 class BodyLimit:
     """Refuses bodies of more than so many bytes with 413, as soon as that is known and without reading the rest.
 
-    So it does with 429 while the large ones of all requests together have more than `together`.
+    So it does with 429 while the large ones of all requests together have more than `together`, and with 408 where one
+    is not here within so many seconds.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, together: int = MAX_BODIES):
-        self._app, self._limit, self._together = app, limit, together
+    def __init__(self, app: ASGIApp, limit: int, together: int = MAX_BODIES, seconds: float = BODY_SECONDS):
+        self._app, self._limit, self._together, self._seconds = app, limit, together, seconds
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,26 +58,47 @@ class BodyLimit:
         if self._is_announced_too_large(scope):
             await self._error().response()(scope, receive, send)
             return
-        seen = held = 0
+        body = _Body(asyncio.get_running_loop().time() + self._seconds)
 
         async def limited() -> Message:
-            nonlocal seen, held
-            message = await receive()
+            message = await self._receive(receive, body)
             if message["type"] == "http.request":
-                seen += len(message.get("body", b""))
-                if seen > self._limit:
-                    raise self._error()
-                if seen > SMALL_BODY:
-                    self._held += seen - held
-                    held = seen
-                    if self._held > self._together:
-                        raise self._full()
+                self._take(body, len(message.get("body", b"")))
             return message
 
+        async def counted(message: Message) -> None:
+            # Whoever answers has done with the body, however long the client takes to read the answer.
+            self._let_go(body)
+            await send(message)
+
         try:
-            await self._app(scope, limited, send)
+            await self._app(scope, limited, counted)
         finally:
-            self._held -= held
+            self._let_go(body)
+
+    async def _receive(self, receive: Receive, body: "_Body") -> Message:
+        try:
+            async with asyncio.timeout_at(body.deadline):
+                message = await receive()
+        except TimeoutError:
+            raise self._late() from None
+        if not message.get("more_body", False):
+            body.deadline = None
+        return message
+
+    def _take(self, body: "_Body", size: int) -> None:
+        body.seen += size
+        if body.seen > self._limit:
+            raise self._error()
+        if body.seen > SMALL_BODY:
+            self._held += body.seen - body.held
+            body.held = body.seen
+            if self._held > self._together:
+                raise self._full()
+
+    def _let_go(self, body: "_Body") -> None:
+        self._held -= body.held
+        body.held = 0
 
     def _is_announced_too_large(self, scope: Scope) -> bool:
         length = dict(scope["headers"]).get(b"content-length", b"")
@@ -81,10 +109,23 @@ class BodyLimit:
         message = f"the body has more than the {self._limit} bytes that this server takes"
         return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
+    def _late(self) -> ApiError:
+        message = f"the body was not here within {self._seconds:g} s"
+        return ApiError(408, message, code="body_too_slow", headers={"Connection": "close"})
+
     def _full(self) -> ApiError:
         message = f"there are many large requests; try again, or send a body of less than {SMALL_BODY} bytes"
         headers = {"Connection": "close", "Retry-After": "1"}
         return ApiError(429, message, code="bodies_full", headers=headers)
+
+
+@dataclass
+class _Body:
+    """One that comes in."""
+
+    deadline: float | None  # by the event loop's clock; None: all of it is here
+    seen: int = 0  # bytes
+    held: int = 0  # bytes of it that are counted among all large ones
 
 
 class ApiKey:
@@ -177,13 +218,17 @@ class JsonRoute(APIRoute):
 class _JsonRequest(Request):
     async def json(self) -> Any:
         body = await self.body()
-        # First roughly: short values take many times their size in memory, strings do not.
-        if len(body) > MAX_BODY:
-            _check_rest(len(body) - sum(url.end() - url.start() for url in DATA_URL.finditer(body)))
-        value = read_json(body)
-        if len(body) > MAX_BODY:
-            _check_rest(len(body) - _image_bytes(value))
-        return value
+        return await run_in_threadpool(_read_body, body) if len(body) > SMALL_BODY else _read_body(body)
+
+
+def _read_body(body: bytes) -> Any:
+    # First roughly: short values take many times their size in memory, strings do not.
+    if len(body) > MAX_BODY:
+        _check_rest(len(body) - sum(url.end() - url.start() for url in DATA_URL.finditer(body)))
+    value = read_json(body)
+    if len(body) > MAX_BODY:
+        _check_rest(len(body) - _image_bytes(value))
+    return value
 
 
 def _check_rest(size: int) -> None:

@@ -336,5 +336,7 @@ def test_documented_recipe_and_example(tmp_path, recipe):
     assert load_recipe(tmp_path / "page.toml", CoCaRecipe).model.image_sizes == ((0, 224), (90_000, 336))
     run(recipe("schedule.steps=4"), tmp_path / "runs" / "coca")
     names = {}
-    exec(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0], names)
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(block, names)
+    assert names["logits"].shape == (1, names["tokens"].shape[1], 512)
     assert names["encoder"].config == names["coca"].encoder.config

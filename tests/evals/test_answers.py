@@ -65,3 +65,11 @@ def test_the_verb(checkpoint, tmp_path, capsys):
     assert end.value.code == 0
     assert "pictures: words  held out: 0.000" in capsys.readouterr().out
     assert json.loads((tmp_path / "found.json").read_text())[0]["asked"] == 2
+
+
+@pytest.mark.parametrize("task", ["answers", "encoder", "text"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(task, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["eval", task, str(tmp_path / "none"), "--json", str(tmp_path / "missing" / "found.json")])
+    assert end.value.code == 2
+    assert "missing is no folder to write found.json into" in capsys.readouterr().err

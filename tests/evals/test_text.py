@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fulmen.checkpoint import load_model, make_tiny
+from fulmen.config import UserError
 from fulmen.data import Document, Tokenizer
 from fulmen.evals.text import bits_per_byte, text_table
 
@@ -21,6 +22,14 @@ def test_bits_per_byte(tmp_path, vision):
     expected = -logs.gather(1, ids[1:, None]).sum().item() / math.log(2) / len(text)
     found = bits_per_byte(model, tokenizer, [Document(text, "one")])
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_nothing_held_out_is_refused(tmp_path):
+    make_tiny(tmp_path / "tiny")
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("some text")
+    with pytest.raises(UserError, match="nothing is held out: give a share above 0"):
+        text_table(tmp_path / "tiny", [str(tmp_path / "*.txt")], held_out=0, max_tokens=100, device="cpu")
 
 
 def test_a_file_of_ones_own(tmp_path):

@@ -6,7 +6,6 @@ The text is the one that the run held out. Times are medians of steps that take 
 """
 
 import argparse
-import math
 import statistics
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from fulmen.checkpoint import load_model
 from fulmen.config import load_recipe
 from fulmen.data import Batch, Tokenizer, held_out_batches, read_documents, split
+from fulmen.evals.text import bits_per_byte
 from fulmen.model import LanguageModel
 from fulmen.run.machine import describe_machine
 from fulmen.train.recipe import TrainRecipe
@@ -60,12 +60,6 @@ def held_out(run: Path, tokenizer: Tokenizer) -> list[Batch]:
     shape = {"sequence_length": recipe.data.sequence_length, "batch_tokens": 8192}
     text = split(documents, recipe.data.held_out)[1]
     return held_out_batches(text, tokenizer, max_tokens=recipe.data.held_out_tokens, **shape)
-
-
-@torch.inference_mode()
-def bits_per_byte(model: LanguageModel, batches: list[Batch], lengths: torch.Tensor) -> float:
-    nll = sum(model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens).nll.item() for batch in batches)
-    return nll / math.log(2) / sum(lengths[batch.targets[batch.targets >= 0]].sum().item() for batch in batches)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ import torch
 
 from fulmen.checkpoint import load_model, make_tiny
 from fulmen.config import UserError
-from fulmen.data import Document, Tokenizer
+from fulmen.data import Document, Tokenizer, held_out_batches
 from fulmen.evals.text import bits_per_byte, text_table
 
 
@@ -20,7 +20,9 @@ def test_bits_per_byte(tmp_path, vision):
     ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
     logs = model(ids[None, :-1])[0].log_softmax(dim=-1)
     expected = -logs.gather(1, ids[1:, None]).sum().item() / math.log(2) / len(text)
-    found = bits_per_byte(model, tokenizer, [Document(text, "one")])
+    shape = {"batch_tokens": 100, "sequence_length": 100, "max_tokens": 100}
+    batches = held_out_batches([Document(text, "one")], tokenizer, **shape)
+    found = bits_per_byte(model, batches, tokenizer.byte_lengths())
     assert found == pytest.approx(expected, rel=1e-4)
 
 

@@ -169,6 +169,12 @@ def test_other_data_is_refused(loader, pictures, tokenizer):
             stream.load_state_dict(state)
 
 
+@pytest.mark.parametrize("state", [{}, {"taken": 3}, {"taken": "x", "identity": {}}, {"taken": 3, "identity": 5}])
+def test_what_is_no_state_is_refused(loader, state):
+    with pytest.raises(UserError, match="not the state of a loader of captions"):
+        loader().load_state_dict(state)
+
+
 def test_held_out_batches_are_fixed_and_spread_over_the_sources(pictures, tokenizer):
     processor = ImageProcessor(crop_size=8, patch_size=4, dynamic=False)
     settings = {"count": 6, "batch": 4, "max_caption": 12}

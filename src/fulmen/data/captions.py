@@ -22,6 +22,7 @@ from fulmen.data.documents import Corpus, spread
 from fulmen.data.encoding import IGNORE
 from fulmen.data.image_files import open_image
 from fulmen.data.images import ImageProcessor
+from fulmen.data.loader import check_identity
 from fulmen.data.pictures import SOURCES, UNSEEN_VARIANT, Picture, PictureSource, open_pictures, split_pictures
 from fulmen.data.sources import read_documents
 from fulmen.data.tokenizer import Tokenizer
@@ -193,13 +194,12 @@ class CaptionLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`. Raises UserError if it was taken with other pictures, settings or tokenizer."""
-        for key, value in self._identity.items():
-            if (before := state["identity"].get(key)) != value:
-                raise UserError(
-                    f"the data is not that of the snapshot: {key} was {before!r} and is {value!r}; "
-                    "restore it, or start a new run"
-                )
-        self._taken, self._stream = int(state["taken"]), None
+        try:
+            taken, identity = int(state["taken"]), dict(state["identity"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"this is not the state of a loader of captions ({error!r}): start a new run") from None
+        check_identity(identity, self._identity)
+        self._taken, self._stream = taken, None
 
     def _open_stream(self, count: int, image_size: int) -> "Iterator[_Drawn]":
         processor = ImageProcessor(crop_size=image_size, patch_size=self._patch_size, dynamic=False)

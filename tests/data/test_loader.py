@@ -1,6 +1,7 @@
 """The loader: epochs, shuffling, the ramp of batch sizes, exact resuming; and the held-out pass."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from itertools import pairwise
@@ -320,6 +321,16 @@ def test_processes_that_read_ahead_change_nothing(tokenizer):
     resumed.next_batch()
     resumed.load_state_dict(first.state_dict())
     assert described(rest_of(resumed)) == described(batches[3:])
+
+
+def test_processes_that_read_ahead_end_with_their_loader(tokenizer):
+    """At once, because nothing goes round: what the garbage collector finds later ends one process in five seconds."""
+    before = len(multiprocessing.active_children())
+    loader = loader_of(tokenizer, workers=2, documents=PICTURES, images=PROCESSOR)
+    loader.next_batch()
+    assert len(multiprocessing.active_children()) == before + 2
+    del loader
+    assert len(multiprocessing.active_children()) == before
 
 
 @pytest.mark.parametrize("interleave", [1, 5])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fulmen.checkpoint.vision import load_coca, load_encoder
 from fulmen.cli.tasks import load_task
 from fulmen.config import UserError, load_recipe
+from fulmen.data.images import normalise
 from fulmen.model.coca import CoCaConfig
 from fulmen.run import SnapshotStore, read_metrics
 from fulmen.train import Trainer, train
@@ -165,7 +166,7 @@ def test_gradients_are_those_of_both_losses(objective):
     [batch] = batches = make.next_batches(0)
     assert make.size(batches) == 8
     metrics = make.backward(batches, 1)
-    loss = make.model.loss(batch.pixels, batch.tokens, batch.targets)
+    loss = make.model.loss(normalise(batch.crops), batch.tokens, batch.targets)
     total = 0.5 * loss.contrastive + 3 * loss.nll / loss.targets
     assert metrics["loss"] == pytest.approx(total.item())
     parameters = dict(make.model.named_parameters())
@@ -183,7 +184,7 @@ def test_held_out_losses(objective):
     found = make.evaluate()
     assert make.evaluate() == found
     losses = [
-        (len(batch), make.model.loss(batch.pixels, batch.tokens, batch.targets))
+        (len(batch), make.model.loss(normalise(batch.crops), batch.tokens, batch.targets))
         for batch, _ in make._held_out_batches()
     ]
     assert [count for count, _ in losses] == [7, 7, 7, 3]

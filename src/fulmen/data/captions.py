@@ -36,17 +36,17 @@ FINGERPRINT_PICTURES = 4096
 class CaptionBatch:
     """N pairs.
 
-    pixels: [N, 3, S, S] fp32, normalised. tokens: [N, T] int64, bos and the caption's words, padded. targets: [N, T]
+    crops: [N, 3, S, S] uint8. tokens: [N, T] int64, bos and the caption's words, padded. targets: [N, T]
     int64, the token after each, at last eos; -100 behind. captions: the N texts.
     """
 
-    pixels: Tensor
+    crops: Tensor
     tokens: Tensor
     targets: Tensor
     captions: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.crops)
 
 
 class CaptionTable:
@@ -251,27 +251,27 @@ def _training_keys(order: Order, seed: int, taken: int, count: int) -> Iterator[
 
 
 class _Drawn(NamedTuple):
-    """What processes send each other: pixels [N, 3, S, S], and captions as text."""
+    """What processes send each other: crops [N, 3, S, S] uint8, and captions as text."""
 
-    pixels: Tensor
+    crops: Tensor
     captions: list[str]
 
     def batch(self, tokenizer: Tokenizer, max_caption: int) -> CaptionBatch:
         tokens, targets = encode_captions(tokenizer, self.captions, max_caption)
-        return CaptionBatch(self.pixels, tokens, targets, tuple(self.captions))
+        return CaptionBatch(self.crops, tokens, targets, tuple(self.captions))
 
 
 @dataclass(frozen=True, eq=False)
 class _Drawings:
-    """Pictures by keys, drawn, squashed and normalised, with their captions."""
+    """Pictures by keys, drawn and squashed, with their captions."""
 
     pictures: Captioned
     processor: ImageProcessor
 
     def __call__(self, keys: Sequence[_Key]) -> _Drawn:
         chosen = [self.pictures.picture(key.index, key.variant) for key in keys]
-        pixels = torch.cat([self.processor.process(picture.image).pixels for picture in chosen])
+        crops = torch.cat([self.processor.process(picture.image).crops for picture in chosen])
         captions = [
             picture.refined if key.refined else picture.caption for picture, key in zip(chosen, keys, strict=True)
         ]
-        return _Drawn(pixels, captions)
+        return _Drawn(crops, captions)

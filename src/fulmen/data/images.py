@@ -22,8 +22,9 @@ GRIDS = tuple(
 )
 """The 28 published grids (rows, columns) of crops."""
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the colours, as parts of 1: CLIP's, of which the published encoder is one."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,23 @@ class ImageLayout:
 
 @dataclass(frozen=True, eq=False)
 class ProcessedImage:
-    """pixels: [1 + grid rows * columns, 3, crop, crop] fp32, normalised: the thumbnail, then the crops row by row.
+    """crops: [1 + grid rows * columns, 3, crop, crop] uint8: the thumbnail, then the crops row by row.
 
-    digest: 16 bytes that differ where pixels or layout do: what a cache may know the image by.
+    digest: 16 bytes that differ where crops or layout do: what a cache may know the image by.
     """
 
-    pixels: Tensor
+    crops: Tensor
     layout: ImageLayout
     digest: bytes
 
     @property
     def positions(self) -> int:
         return self.layout.positions
+
+    @property
+    def pixels(self) -> Tensor:
+        """What an encoder takes: `crops`, normalised."""
+        return normalise(self.crops)
 
 
 @dataclass(frozen=True)
@@ -80,14 +86,12 @@ class PlacedImage:
 class ImageProcessor:
     """Cuts images into square crops of crop_size pixels for an encoder of square patches of patch_size pixels.
 
-    dynamic: False gives the thumbnail alone. mean, std: of the colours, as parts of 1. limits: for `read`.
+    dynamic: False gives the thumbnail alone. limits: for `read`.
     """
 
     crop_size: int = 336
     patch_size: int = 14
     dynamic: bool = True
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
     limits: ImageLimits = DEFAULT_LIMITS
 
     def __post_init__(self):
@@ -122,19 +126,16 @@ class ImageProcessor:
         return ImageLayout((width, height), grid, resized, across**2, top, left, rows - 2 * top, columns - 2 * left)
 
     def process(self, image: Image.Image) -> ProcessedImage:
-        """The image's pixels and layout. image: RGB, as `open_image` gives it. Raises as `layout` does."""
+        """The image's crops and layout. image: RGB, as `open_image` gives it. Raises as `layout` does."""
         if image.mode != "RGB":
             raise ValueError(f"an image to be processed is RGB, not {image.mode}: open_image converts it")
         layout = self.layout(*image.size)
         crops = np.array(_resize(image, (self.crop_size, self.crop_size)))[None]
         if self.dynamic:
             crops = np.concatenate([crops, self._cut(image, layout)])
-        pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        mean, std = (torch.tensor(colours)[:, None, None] for colours in (self.mean, self.std))
-        pixels.div_(255).sub_(mean).div_(std)
-        digest = hashlib.blake2b(pixels.numpy().reshape(-1), digest_size=16)
+        digest = hashlib.blake2b(crops.reshape(-1), digest_size=16)
         digest.update(repr(layout).encode())
-        return ProcessedImage(pixels, layout, digest.digest())
+        return ProcessedImage(torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous(), layout, digest.digest())
 
     def read(self, source: bytes | str | os.PathLike | Image.Image) -> ProcessedImage:
         """`open_image` within the limits, then `process`. Raises UserError as both do."""
@@ -162,6 +163,12 @@ class ImageProcessor:
         top, left = (rows * size - height) // 2, (columns * size - width) // 2
         canvas[top : top + height, left : left + width] = _resize(image, layout.resized)
         return canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+
+
+def normalise(crops: Tensor) -> Tensor:
+    """[N, 3, S, S] fp32 of colours uint8, on the same device: four times the bytes, so best where they are needed."""
+    mean, std = (torch.tensor(colours, device=crops.device)[:, None, None] for colours in (MEAN, STD))
+    return crops.float().div_(255).sub_(mean).div_(std)
 
 
 def _fit(width: int, height: int, canvas_width: int, canvas_height: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -58,7 +59,7 @@ class PackedLoader:
             raise UserError(f"seed = {seed} is negative: take 0 or more")
         _check_material(documents, tokenizer)
         self._turns = Turns(documents, seed, texts, text_every)
-        self._tokenizer, self._images, self._counted = tokenizer, images, counted
+        self._read = _Reader(self._turns, tokenizer, images, counted, sequence_length)
         self._batch_tokens = batch_tokens
         self._epochs = epochs
         self._layout = {"sequence_length": sequence_length, "interleave": interleave}
@@ -135,27 +136,43 @@ class PackedLoader:
     def _next_read(self, place: tuple[int, int]) -> Encoded:
         """The document of a turn that was never asked for before; the turns come in their order."""
         if self._ahead is None or self._ahead[0] != place:
-            self._ahead = place, ahead(self._read, self._places(place), self._workers)
+            self._ahead = None  # its processes end before others begin, which are copies of this one
+            self._ahead = place, ahead(self._read, _places(place, len(self._turns), self._epochs), self._workers)
         _, reading = self._ahead
         encoded, (epoch, turn) = next(reading), place
         self._ahead = ((epoch, turn + 1) if turn + 1 < len(self._turns) else (epoch + 1, 0)), reading
         return encoded
 
-    def _places(self, place: tuple[int, int]) -> Iterator[tuple[int, int]]:
-        """All turns from a place on."""
-        epoch, first = place
-        while self._epochs is None or epoch < self._epochs:
-            yield from ((epoch, turn) for turn in range(first, len(self._turns)))
-            epoch, first = epoch + 1, 0
 
-    def _read(self, place: tuple[int, int]) -> Encoded:
-        document, number = self._turns.document(*place)
-        encoded = encode_document(self._tokenizer, document, images=self._images, counted=self._counted)
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """Documents by the places of their turns, as the model reads them; of mixed-in text a sample.
+
+    Neither it nor `_places` is part of the loader: the processes that read ahead hold both, and where they held the
+    loader, which holds them, they would end only when they time out, one after the other.
+    """
+
+    turns: Turns
+    tokenizer: Tokenizer
+    images: ImageProcessor | None
+    counted: Counted
+    sequence_length: int
+
+    def __call__(self, place: tuple[int, int]) -> Encoded:
+        document, number = self.turns.document(*place)
+        encoded = encode_document(self.tokenizer, document, images=self.images, counted=self.counted)
         if number is None:
             return encoded
-        length = self._layout["sequence_length"]
-        start = number % -(-len(encoded) // length) * length
-        return encoded.part(start, min(start + length, len(encoded)))
+        start = number % -(-len(encoded) // self.sequence_length) * self.sequence_length
+        return encoded.part(start, min(start + self.sequence_length, len(encoded)))
+
+
+def _places(place: tuple[int, int], turns: int, epochs: int | None) -> Iterator[tuple[int, int]]:
+    """From a place on the turns of all epochs, of `turns` each; `epochs`: None is endless."""
+    epoch, first = place
+    while epochs is None or epoch < epochs:
+        yield from ((epoch, turn) for turn in range(first, turns))
+        epoch, first = epoch + 1, 0
 
 
 def images_identity(images: ImageProcessor) -> list[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fulmen.data import Tokenizer
 from fulmen.data.captions import encode_captions
 from fulmen.data.encoding import IGNORE
-from fulmen.data.images import ImageProcessor
+from fulmen.data.images import ImageProcessor, normalise
 from fulmen.model.coca import CoCa
 from fulmen.ops.contrastive import ranks, recalls
 
@@ -49,8 +49,8 @@ def embed_pictures(coca: CoCa, pictures: Iterable[Image.Image]) -> Tensor:
     """[N, D] of length 1, of RGB pictures squashed to the encoder's size."""
     config, device = coca.encoder.config, coca.class_embedding.device
     processor = ImageProcessor(crop_size=config.image_size, patch_size=config.patch_size, dynamic=False)
-    pixels = (processor.process(picture).pixels for picture in pictures)
-    return torch.cat([coca.embed_images(torch.cat(part).to(device)) for part in _parts(pixels)])
+    crops = (processor.process(picture).crops for picture in pictures)
+    return torch.cat([coca.embed_images(normalise(torch.cat(part).to(device))) for part in _parts(crops)])
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulmen.config import UserError
-from fulmen.data.images import ImageLayout, PlacedImage, ProcessedImage
+from fulmen.data.images import ImageLayout, PlacedImage, ProcessedImage, normalise
 from fulmen.model.cache import Cache, SequenceCache
 from fulmen.model.config import VisionConfig, VisionLanguageConfig
 from fulmen.model.decoder import Inserted, LanguageModel, TrainingLoss
@@ -117,11 +117,11 @@ class VisionLanguageModel(nn.Module):
         """Of each image its features [positions, hidden]."""
         device = self.image_newline.device
         # One by one, because a GPU puts them together faster than the host does.
-        pixels = torch.cat([image.pixels.to(device, non_blocking=True) for image in images])
-        groups = [pixels] if torch.is_grad_enabled() else pixels.split(CROPS_AT_ONCE)
+        crops = torch.cat([image.crops.to(device, non_blocking=True) for image in images])
+        groups = [crops] if torch.is_grad_enabled() else crops.split(CROPS_AT_ONCE)
         projected = [self._project(group) for group in groups]
         features = projected[0] if len(projected) == 1 else torch.cat(projected)
-        return self._arrange_all(features.split([len(image.pixels) for image in images]), images)
+        return self._arrange_all(features.split([len(image.crops) for image in images]), images)
 
     def _arrange_all(self, parts: Sequence[Tensor], images: Sequence[ProcessedImage]) -> list[Tensor]:
         """`arrange` of each image's features, those of one shape together: a batch for training has a hundred."""
@@ -137,8 +137,8 @@ class VisionLanguageModel(nn.Module):
                 found[place] = features
         return found
 
-    def _project(self, pixels: Tensor) -> Tensor:
-        return self.multi_modal_projector(self.vision_tower(pixels))
+    def _project(self, crops: Tensor) -> Tensor:
+        return self.multi_modal_projector(self.vision_tower(normalise(crops)))
 
 
 class VisionTower(nn.Module):

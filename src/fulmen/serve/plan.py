@@ -123,7 +123,8 @@ def image_bytes(config: VisionLanguageConfig, settings: EngineSettings, number_b
     tokens = CROPS_AT_ONCE * (vision.side**2 + 1)
     encoding = tokens * (6 * vision.hidden_size + 2 * vision.mlp_size) * max(number_bytes, 4)
     crops = 1 + max(rows * columns for rows, columns in GRIDS)
-    pixels = 2 * crops * 3 * vision.image_size**2 * 4
+    # All crops, each image's and as one, and in fp32 those that are encoded now.
+    pixels = (2 * crops + 2 * 4 * CROPS_AT_ONCE) * 3 * vision.image_size**2
     # As the groups' own, as one, with the newlines, and with the thumbnail before them.
     copies = 4 * crops * vision.side**2 * hidden * number_bytes
     return encoding + pixels + copies + settings.chunk_tokens * hidden * number_bytes

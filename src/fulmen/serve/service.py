@@ -97,7 +97,7 @@ class Service:
         if not self.ready or waiting >= self.engine.settings.max_waiting + self.engine.plan.slots:
             raise QueueFull(retry_after=1 + waiting // max(1, self.engine.plan.slots))
         request = next(self._numbers)
-        pixels = sum(placed.image.pixels.nbytes for placed in prompt.images)
+        pixels = sum(placed.image.crops.nbytes for placed in prompt.images)
         answers = self._answers[request] = Answers(self, request, params.n, pixels)
         self.metrics.begin(request)
         self._idle.clear()

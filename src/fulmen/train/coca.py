@@ -20,7 +20,7 @@ from fulmen.data.captions import (
     held_out_captions,
     read_captioned,
 )
-from fulmen.data.images import ImageProcessor
+from fulmen.data.images import ImageProcessor, normalise
 from fulmen.model.coca import CoCa, CoCaConfig, CoCaLoss
 from fulmen.ops.contrastive import ranks, recalls
 from fulmen.train.coca_recipe import CoCaRecipe
@@ -83,7 +83,7 @@ class CoCaObjective:
         total = self._weighted(contrastive, caption)
         total.backward()
         metrics = {"loss": total.item(), "contrastive": contrastive.item(), "caption": caption.item()}
-        metrics |= {"temperature": 1 / self.model.scale.item(), "image_size": batch.pixels.shape[-1]}
+        metrics |= {"temperature": 1 / self.model.scale.item(), "image_size": batch.crops.shape[-1]}
         return metrics | {"epoch": self.loader.epoch}
 
     def evaluate(self) -> dict[str, float]:
@@ -127,9 +127,10 @@ class CoCaObjective:
         save_coca(self.model, checkpoint, self.tokenizer)
 
     def _loss(self, batch: CaptionBatch) -> CoCaLoss:
-        moved = [tensor.to(self.device, non_blocking=True) for tensor in (batch.pixels, batch.tokens, batch.targets)]
+        parts = (batch.crops, batch.tokens, batch.targets)
+        crops, tokens, targets = (tensor.to(self.device, non_blocking=True) for tensor in parts)
         with autocast(self.device, self.dtype):
-            return self.model.loss(*moved)
+            return self.model.loss(normalise(crops), tokens, targets)
 
     def _weighted(self, contrastive: Any, caption: Any) -> Any:
         return self.recipe.train.contrastive * contrastive + self.recipe.train.caption * caption

@@ -266,7 +266,7 @@ def test_few_are_decoded_at_once(new_app, monkeypatch):
 @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
 def test_pixels_are_counted_before_they_are_decoded(client, service, monkeypatch, path):
     """With those that the engine has; alone, a request may have any number."""
-    need = PROCESSOR.process(picture()).pixels.nbytes
+    need = PROCESSOR.process(picture()).crops.nbytes
     monkeypatch.setattr(images, "MAX_PIXELS", 3 * need)
     service.pixels = need
     assert client.post(path, json=ask(SMALL, SMALL)).status_code == 200
@@ -282,7 +282,7 @@ def test_pixels_are_counted_before_they_are_decoded(client, service, monkeypatch
 
 def test_pixels_count_until_the_request_is_handed_over(new_app, monkeypatch):
     """Those that are fetched count as soon as their size is known."""
-    need = PROCESSOR.process(picture()).pixels.nbytes
+    need = PROCESSOR.process(picture()).crops.nbytes
     monkeypatch.setattr(images, "MAX_PIXELS", 2 * need)
     gate, begun = threading.Event(), threading.Event()
     process = images._process
@@ -325,10 +325,10 @@ def test_what_an_image_needs_is_told_by_its_header(size, turn, dynamic):
     processor = ImageProcessor(crop_size=56, dynamic=dynamic)
     need, image = images._measure(processor, file.getvalue()), processor.read(file.getvalue())
     assert image.layout.size == (size if turn == 1 else size[::-1])
-    assert need.pixels >= image.pixels.nbytes
+    assert need.pixels >= image.crops.nbytes
     assert need.positions <= image.positions
     if size == (40, 40):
-        assert (need.pixels, need.positions) == (image.pixels.nbytes, image.positions)
+        assert (need.pixels, need.positions) == (image.crops.nbytes, image.positions)
 
 
 def test_a_stream_holds_no_pixels(new_app, service, monkeypatch):

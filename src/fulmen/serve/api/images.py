@@ -28,8 +28,6 @@ WORKERS = 2
 """Images that are decoded at once: the largest ones take 750 MB each meanwhile."""
 FETCHES = 8
 """Images that are fetched at once, and held until they are decoded."""
-FLOAT_BYTES = 4
-"""Of a colour of a processed pixel."""
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,64};base64,", re.ASCII | re.IGNORECASE)
 WEB_URL = re.compile(r"https?:", re.IGNORECASE)
 
@@ -196,7 +194,7 @@ def _measure(processor: ImageProcessor, content: bytes) -> _Need:
     width, height = picture_size(content, processor.limits)
     layouts = [processor.layout(width, height), processor.layout(height, width)]
     crops = max(1 + rows * columns for rows, columns in (layout.grid for layout in layouts))
-    return _Need(min(layout.positions for layout in layouts), crops * 3 * processor.crop_size**2 * FLOAT_BYTES)
+    return _Need(min(layout.positions for layout in layouts), crops * 3 * processor.crop_size**2)
 
 
 def _read_data(processor: ImageProcessor, url: str) -> ProcessedImage:

@@ -310,7 +310,7 @@ def described(batches):
 
 
 def test_processes_that_read_ahead_change_nothing(tokenizer):
-    changes = {"documents": PICTURES, "images": PROCESSOR, "texts": DOCUMENTS[10:], "text_every": 3, "epochs": 2}
+    changes = {"documents": PICTURES, "images": PROCESSOR, "texts": [DOCUMENTS[10:]], "text_every": 3, "epochs": 2}
     here, there = (loader_of(tokenizer, workers=workers, **changes) for workers in (0, 2))
     batches = rest_of(here)
     assert described(rest_of(there)) == described(batches)
@@ -335,7 +335,7 @@ def test_processes_that_read_ahead_end_with_their_loader(tokenizer):
 
 @pytest.mark.parametrize("interleave", [1, 5])
 def test_resuming_with_images_and_texts_gives_the_same_batches(tokenizer, interleave):
-    changes = {"images": PROCESSOR, "counted": "answers", "texts": DOCUMENTS[10:], "text_every": 3}
+    changes = {"images": PROCESSOR, "counted": "answers", "texts": [DOCUMENTS[10:]], "text_every": 3}
     changes |= {"documents": PICTURES, "epochs": 2, "interleave": interleave, "sequence_length": 23}
     loader = loader_of(tokenizer, **changes)
     states, batches = [json.dumps(loader.state_dict())], []
@@ -367,7 +367,7 @@ def test_an_image_without_a_processor_is_refused(tokenizer):
 def test_a_text_is_one_sample_and_another_one_the_next_time(tokenizer):
     text = Document(" ".join(map(str, range(100))), "long")
     whole = encode_document(tokenizer, text).ids
-    loader = loader_of(tokenizer, documents=DOCUMENTS[:1], texts=[text], text_every=1, epochs=60, interleave=1)
+    loader = loader_of(tokenizer, documents=DOCUMENTS[:1], texts=[[text]], text_every=1, epochs=60, interleave=1)
     (batch,) = rest_of(loader, [10**6])
     borders = batch.cu_seqlens.tolist()
     samples = [(batch.tokens[0, a:b], batch.targets[0, a:b]) for a, b in pairwise(borders)][::2]
@@ -382,11 +382,11 @@ def test_a_text_is_one_sample_and_another_one_the_next_time(tokenizer):
 def test_a_state_of_other_settings_is_refused_and_an_old_one_of_text_is_not(tokenizer):
     state = loader_of(tokenizer).state_dict()
     assert state["identity"].keys() == {"documents", "corpus", "tokenizer", "seed", "sequence_length", "interleave"}
-    changes = {"images": PROCESSOR, "counted": "answers", "texts": DOCUMENTS[:2], "text_every": 5}
+    changes = {"images": PROCESSOR, "counted": "answers", "texts": [DOCUMENTS[:2]], "text_every": 5}
     for key, other in (
         ("images", ImageProcessor(crop_size=28, patch_size=14, dynamic=False)),
         ("counted", "all"),
-        ("texts", DOCUMENTS[:3]),
+        ("texts", [DOCUMENTS[:3]]),
         ("text_every", 6),
     ):
         with pytest.raises(UserError, match=f"the data is not that of the snapshot: {key} was"):

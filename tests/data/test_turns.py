@@ -34,9 +34,11 @@ def test_orders_differ_by_seed_and_epoch():
     assert [again.pick(0, turn) for turn in range(50)] == drawn[0, 0]
 
 
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 25))
-def test_a_text_before_every_so_many_documents(num_documents, num_texts, every):
-    turns = Turns(documents("d", num_documents), 5, documents("t", num_texts), every)
+@given(st.integers(1, 60), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 25))
+def test_a_text_before_every_so_many_documents(num_documents, sizes, every):
+    turns = Turns(
+        documents("d", num_documents), 5, [documents(f"t{source}.", size) for source, size in enumerate(sizes)], every
+    )
     plain = Turns(documents("d", num_documents), 5)
     met = []
     for epoch in range(3):
@@ -45,11 +47,14 @@ def test_a_text_before_every_so_many_documents(num_documents, num_texts, every):
         places = [place for place, (_, number) in enumerate(drawn) if number is not None]
         assert places == list(range(0, len(drawn), every + 1))
         met += [drawn[place] for place in places]
-    assert [number for _, number in met] == list(range(len(met)))
-    # Texts have epochs of their own: none comes again before all others have come.
-    counts = Counter(document.origin for document, _ in met)
-    assert sum(counts.values()) == 3 * -(-num_documents // every)
-    assert max(counts.values()) - min([*counts.values(), *[0] * (num_texts - len(counts))]) <= 1
+    assert len(met) == 3 * -(-num_documents // every)
+    for source, size in enumerate(sizes):
+        # Sources take turns and have epochs of their own: no text comes again before all others of it have come.
+        mine = met[source :: len(sizes)]
+        assert [number for _, number in mine] == list(range(len(mine)))
+        counts = Counter(document.origin for document, _ in mine)
+        assert all(origin.startswith(f"t{source}.") for origin in counts)
+        assert max(counts.values(), default=0) - min([*counts.values(), *[0] * (size - len(counts))]) <= 1
 
 
 @pytest.mark.parametrize("count", [1, 7])

@@ -40,15 +40,15 @@ class PackedLoader:
         interleave: int = 16,
         images: ImageProcessor | None = None,
         counted: Counted = "all",
-        texts: Sequence[Document] = (),
+        texts: Sequence[Sequence[Document]] = (),
         text_every: int = 20,
         workers: int = 0,
     ):
         """batch_tokens: tokens of a batch unless `next_batch` is told otherwise. epochs: None is endless.
 
         interleave: how many documents are read side by side (see `pack_row`). images, counted: see `encode_document`.
-        texts: documents that are mixed in, one before every `text_every` of the others (see `Turns`); of each a single
-        sample is taken, another one when it comes again. workers: processes that read documents ahead.
+        texts: sources of texts that are mixed in, one before every `text_every` documents (see `Turns`); of each text a
+        single sample is taken, another one when it comes again. workers: processes that read documents ahead.
         Raises UserError for sizes below 1, no documents, or a tokenizer without bos and eos.
         """
         sizes = {"batch_tokens": batch_tokens, "sequence_length": sequence_length, "interleave": interleave}
@@ -79,8 +79,8 @@ class PackedLoader:
             self._identity["images"] = images_identity(images)
         if counted != "all":
             self._identity["counted"] = counted
-        if len(texts):
-            self._identity |= {"texts": corpus_fingerprint(texts), "text_every": text_every}
+        if texts:
+            self._identity |= {"texts": [corpus_fingerprint(source) for source in texts], "text_every": text_every}
 
     @property
     def epoch(self) -> int:

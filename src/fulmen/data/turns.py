@@ -29,27 +29,35 @@ class Order:
 class Turns:
     """The documents in their turns, epoch by epoch; an epoch takes each once.
 
-    Where there are `texts`, one of them comes before every `text_every` documents; they have epochs of their own.
+    Where there are `texts`, sources of them, one text comes before every `text_every` documents. The sources take
+    turns, whatever their sizes, and have epochs of their own.
     """
 
-    def __init__(self, documents: Sequence[Document], seed: int, texts: Sequence[Document] = (), text_every: int = 20):
-        self._documents, self._texts = documents, texts
-        self._order, self._text_order = Order(len(documents), seed), Order(len(texts), seed, 1)
-        self._group = text_every + 1 if len(texts) else 1
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        seed: int,
+        texts: Sequence[Sequence[Document]] = (),
+        text_every: int = 20,
+    ):
+        self._documents, self._order = documents, Order(len(documents), seed)
+        self._texts = [(source, Order(len(source), seed, 1 + number)) for number, source in enumerate(texts)]
+        self._group = text_every + 1 if self._texts else 1
 
     def __len__(self) -> int:
         """Turns of an epoch."""
         return len(self._documents) + self._num_texts
 
     def document(self, epoch: int, turn: int) -> tuple[Document, int | None]:
-        """The document of a turn; of a text also how many turns texts have had before, in all epochs, else None."""
+        """The document of a turn; of a text also how many of its source came before, in all epochs, else None."""
         if not self._num_texts:
             return self._documents[self._order.pick(epoch, turn)], None
         group, place = divmod(turn, self._group)
         if place > 0:
             return self._documents[self._order.pick(epoch, turn - group - 1)], None
-        number = epoch * self._num_texts + group
-        return self._texts[self._text_order.pick(*divmod(number, len(self._texts)))], number
+        number, source = divmod(epoch * self._num_texts + group, len(self._texts))
+        texts, order = self._texts[source]
+        return texts[order.pick(*divmod(number, len(texts)))], number
 
     @property
     def _num_texts(self) -> int:

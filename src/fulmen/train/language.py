@@ -13,6 +13,7 @@ import torch
 from fulmen.checkpoint import save_model
 from fulmen.config import UserError
 from fulmen.data import Batch, Document, PackedLoader, Tokenizer, held_out_batches, read_documents, split
+from fulmen.data.documents import Corpus
 from fulmen.model import LanguageModel, VisionLanguageConfig, VisionLanguageModel
 from fulmen.model.decoder import TrainingLoss
 from fulmen.train.models import (
@@ -168,14 +169,15 @@ def build(recipe: TrainRecipe, place: Place) -> LanguageObjective:
 TASK = Task(TrainRecipe, build)
 
 
-def _mixed_in(recipe: TrainRecipe, place: Place) -> tuple[Sequence[Document], Sequence[Document]]:
-    """(training, held-out) documents of `text_sources`."""
+def _mixed_in(recipe: TrainRecipe, place: Place) -> tuple[list[Sequence[Document]], Sequence[Document]]:
+    """Of each of `text_sources` the documents to train on, and all that are held out."""
     data = recipe.data
     if not data.text_sources:
-        return (), ()
-    texts = split(read_documents(data.text_sources, text_field=data.text_field), data.held_out)
+        return [], ()
+    parts = [split(read_documents([source], text_field=data.text_field), data.held_out) for source in data.text_sources]
+    training, held_out = [part for part, _ in parts], Corpus([part for _, part in parts])
     place.report(
-        f"mixed in: a sample of text for every {data.text_every} documents, of {len(texts[0])} documents to train on; "
-        f"{len(texts[1])} held out"
+        f"mixed in: a sample of text for every {data.text_every} documents, of {sum(map(len, training))} documents to "
+        f"train on; {len(held_out)} held out"
     )
-    return texts
+    return training, held_out

@@ -39,14 +39,21 @@ def test_captions_are_raw_or_refined():
 
 def test_questions_with_their_answers():
     documents = read_documents(["words-questions"])
-    main = 0
+    first = captions = 0
     for index in range(200):
         picture = open_pictures("words").example(*divmod(index, RENDERINGS))
-        asked, answered = documents[index].messages
-        pairs = {question.question: question.answer for question in picture.questions}
-        assert pairs[text_of(asked)] == answered["content"]
-        main += text_of(asked) == picture.questions[0].question
-    assert 130 < main < 170
+        messages = documents[index].messages
+        turns = {text_of(asked): text_of(answer) for asked, answer in zip(messages[::2], messages[1::2], strict=True)}
+        assert [isinstance(message["content"], str) for message in messages] == [False, True, False, True]
+        assert [part["type"] for part in messages[0]["content"]] == ["image", "text"]
+        questions = {question.question: question.answer for question in picture.questions}
+        assert turns.pop(picture.questions[0].question) == picture.questions[0].answer
+        ((other, answer),) = turns.items()
+        captions += (is_caption := answer in (picture.caption, picture.refined))
+        assert is_caption or questions[other] == answer
+        first += text_of(messages[0]) == picture.questions[0].question
+    assert 70 < first < 130
+    assert 70 < captions < 130
 
 
 def test_texts_say_what_the_picture_would_show():

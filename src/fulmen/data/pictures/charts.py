@@ -14,7 +14,7 @@ COUNT = 4096
 BARS = (3, 6)
 VALUES = range(1, 16)
 LABELS = tuple(word for word in WORDS if len(word) <= 4)
-SIZE = (168, 112)
+SIZE = (224, 112)
 DOTS_PER_INCH = 100
 
 
@@ -63,7 +63,7 @@ def _draw(bars: dict[str, int], ink: Colour, paper: Colour, seed: float) -> Imag
     inches = SIZE[0] / DOTS_PER_INCH, SIZE[1] / DOTS_PER_INCH
     figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, facecolor=shown)
     canvas = FigureCanvasAgg(figure)
-    size, floor, room = rng.uniform(5.5, 6.5), rng.uniform(0.14, 0.2), rng.uniform(0.6, 0.66)
+    size, floor, room = rng.uniform(8, 9.5), rng.uniform(0.17, 0.21), rng.uniform(0.58, 0.62)
     step = 0.98 / len(bars)
     width = step * rng.uniform(0.5, 0.85)
     figure.add_artist(Rectangle((0.01, floor - 0.01), 0.98, 0.01, color="black", linewidth=0))

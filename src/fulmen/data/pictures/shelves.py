@@ -75,14 +75,16 @@ class PictureShelf(Generic[Row]):
 
 def captions(picture: Picture, partner: Picture, rng: Random, origin: str) -> Document:
     """The refined caption or the raw one, with equal probability."""
-    requests, caption = rng.choice(((DESCRIBE, picture.refined), (KEYWORDS, picture.caption)))
-    return _document([_ask(rng.choice(requests), picture), _answer(caption)], origin)
+    request, caption = _request(picture, rng)
+    return _document([_ask(request, picture), _answer(caption)], origin)
 
 
 def questions(picture: Picture, partner: Picture, rng: Random, origin: str) -> Document:
-    """One question, in three quarters of the documents the one that the source is for."""
-    chosen = rng.choice((*[picture.questions[0]] * 3, rng.choice(picture.questions[1:])))
-    return _document([_ask(chosen.question, picture), _answer(chosen.answer)], origin)
+    """The question that the source is for, and before or behind it another question or a request for a caption."""
+    asked = [picture.questions[0][:2], rng.choice((_request(picture, rng), rng.choice(picture.questions[1:])[:2]))]
+    rng.shuffle(asked)
+    (first, answer), (second, reply) = asked
+    return _document([_ask(first, picture), _answer(answer), _ask(second, None), _answer(reply)], origin)
 
 
 def texts(picture: Picture, partner: Picture, rng: Random, origin: str) -> Document:
@@ -120,6 +122,12 @@ DOCUMENT_FORMS: dict[str, Form] = {
     "dialogues": dialogues,
 }
 PAIR_FORMS: dict[str, Form] = {"preferences": preferences}
+
+
+def _request(picture: Picture, rng: Random) -> tuple[str, str]:
+    """A request for the refined caption or the raw one, with equal probability, and that caption."""
+    requests, caption = rng.choice(((DESCRIBE, picture.refined), (KEYWORDS, picture.caption)))
+    return rng.choice(requests), caption
 
 
 def _ask(question: str, picture: Picture | None) -> dict[str, Any]:

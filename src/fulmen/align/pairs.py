@@ -60,9 +60,9 @@ class PairLoader:
         """workers: processes that read pairs ahead. Raises UserError for no pairs."""
         if not len(pairs):
             raise UserError("there are no preference pairs to train on: add sources, or hold fewer out")
-        self._pairs, self._encoder, self._workers = pairs, encoder, workers
+        self._pairs, self._workers = pairs, workers
+        self._read = _Reader(pairs, encoder, Order(len(pairs), seed))
         self._reading: Iterator[list[Encoded]] | None = None  # the pairs to come
-        self._order = Order(len(pairs), seed)
         self._drawn = 0
         self._identity = {
             "pairs": len(pairs),
@@ -98,8 +98,17 @@ class PairLoader:
         check_identity(identity, self._identity)
         self._drawn, self._reading = drawn, None
 
-    def _read(self, turn: int) -> list[Encoded]:
-        return self._encoder.samples(self._pairs[self._order.pick(*divmod(turn, len(self._pairs)))])
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """The samples of the pair whose turn it is, of all epochs; no part of the loader (see `ahead`)."""
+
+    pairs: Sequence[PreferencePair]
+    encoder: PairEncoder
+    order: Order
+
+    def __call__(self, turn: int) -> list[Encoded]:
+        return self.encoder.samples(self.pairs[self.order.pick(*divmod(turn, len(self.pairs)))])
 
 
 def held_out_pairs(pairs: Sequence[PreferencePair], encoder: PairEncoder, *, count: int, batch: int) -> list[Batch]:

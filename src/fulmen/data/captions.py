@@ -204,7 +204,7 @@ class CaptionLoader:
     def _open_stream(self, count: int, image_size: int) -> "Iterator[_Drawn]":
         processor = ImageProcessor(crop_size=image_size, patch_size=self._patch_size, dynamic=False)
         keys = _training_keys(self._order, self._seed, self._taken, count)
-        return ahead(_Drawings(self._pictures, processor), keys, self._workers)
+        return ahead(_Drawings(self._pictures, processor), keys, self._workers, together=1)
 
 
 def held_out_captions(
@@ -237,10 +237,7 @@ class _Key(NamedTuple):
 
 
 def _training_keys(order: Order, seed: int, taken: int, count: int) -> Iterator[list[_Key]]:
-    """Batches from the picture number `taken` of all epochs on.
-
-    No method of the loader: the stream would then hold what holds it, and its processes end only when they time out.
-    """
+    """Batches from the picture number `taken` of all epochs on; no method of the loader (see `ahead`)."""
     for start in itertools.count(taken, count):
         keys = []
         for number in range(start, start + count):

@@ -146,10 +146,8 @@ class PackedLoader:
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """Documents by the places of their turns, as the model reads them; of mixed-in text a sample.
-
-    Neither it nor `_places` is part of the loader: the processes that read ahead hold both, and where they held the
-    loader, which holds them, they would end only when they time out, one after the other.
+    """Documents by the places of their turns, as the model reads them, of mixed-in text a sample; no part of the loader
+    (see `ahead`).
     """
 
     turns: Turns

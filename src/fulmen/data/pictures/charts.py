@@ -1,12 +1,11 @@
-"""Bar charts drawn with matplotlib, without its axes: those take longer than all the rest of the picture."""
+"""Bar charts to read: which bar is the largest, and what is written below and above the bars."""
 
 from functools import partial
 from random import Random
 
-import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from fulmen.data.pictures.drawing import INKS, PAPERS, Colour, other
+from fulmen.data.pictures.drawing import INKS, PAPERS, Colour, open_font, other
 from fulmen.data.pictures.picture import Picture, Question
 from fulmen.data.pictures.words import WORDS
 
@@ -15,7 +14,7 @@ BARS = (3, 6)
 VALUES = range(1, 16)
 LABELS = tuple(word for word in WORDS if len(word) <= 4)
 SIZE = (224, 112)
-DOTS_PER_INCH = 100
+FONT, FONT_SIZES = "DejaVuSans", (11, 13)
 
 
 class ChartPictures:
@@ -53,25 +52,17 @@ def _questions(bars: dict[str, int], rng: Random) -> tuple[Question, ...]:
 
 
 def _draw(bars: dict[str, int], ink: Colour, paper: Colour, seed: float) -> Image.Image:
-    # Imported only here, because it takes half a second.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    rng = Random(seed)
-    shown = tuple(channel / 255 for channel in paper)
-    inches = SIZE[0] / DOTS_PER_INCH, SIZE[1] / DOTS_PER_INCH
-    figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, facecolor=shown)
-    canvas = FigureCanvasAgg(figure)
-    size, floor, room = rng.uniform(8, 9.5), rng.uniform(0.17, 0.21), rng.uniform(0.58, 0.62)
-    step = 0.98 / len(bars)
-    width = step * rng.uniform(0.5, 0.85)
-    figure.add_artist(Rectangle((0.01, floor - 0.01), 0.98, 0.01, color="black", linewidth=0))
+    rng, (width, height) = Random(seed), SIZE
+    font = open_font(FONT, rng.randint(*FONT_SIZES))
+    floor, room = height - rng.randint(20, 24), rng.randint(62, 68)
+    image = Image.new("RGB", SIZE, paper)
+    draw = ImageDraw.Draw(image)
+    step = width / len(bars)
+    half = step * rng.uniform(0.25, 0.42)
     for place, (label, value) in enumerate(bars.items()):
-        middle, height = 0.01 + step * (place + 0.5), room * value / max(bars.values())
-        colour = tuple(channel / 255 for channel in ink)
-        figure.add_artist(Rectangle((middle - width / 2, floor), width, height, color=colour, linewidth=0))
-        figure.text(middle, floor - 0.02, label, size=size, ha="center", va="top")
-        figure.text(middle, floor + height + 0.01, str(value), size=size, ha="center", va="bottom")
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+        middle, top = step * (place + 0.5), floor - room * value / max(bars.values())
+        draw.rectangle((middle - half, top, middle + half, floor - 1), fill=ink)
+        draw.text((middle, floor + 3), label, "black", font, anchor="ma")
+        draw.text((middle, top - 3), str(value), "black", font, anchor="ms")
+    draw.rectangle((2, floor, width - 3, floor), fill="black")
+    return image

@@ -1,6 +1,8 @@
 """What the sources draw with: named colours, figures turned and placed on a background, and questions about it."""
 
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from random import Random
 from typing import TypeAlias
 
@@ -45,6 +47,15 @@ def place(
     canvas = Image.new("RGB", size, paper)
     canvas.paste(scaled, (rng.randint(0, size[0] - width), rng.randint(0, size[1] - height)), scaled)
     return canvas
+
+
+@lru_cache
+def open_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """One of the text fonts that matplotlib ships, such as DejaVuSans, at a size in pixels."""
+    # Imported only here, because it takes a quarter of a second.
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"), size)
 
 
 def write(text: str, font: ImageFont.FreeTypeFont, ink: Colour) -> Image.Image:

@@ -1,12 +1,11 @@
 """Words to read: common short English words in the text fonts that matplotlib ships."""
 
 from functools import partial
-from pathlib import Path
 from random import Random
 
-from PIL import Image, ImageFont
+from PIL import Image
 
-from fulmen.data.pictures.drawing import INKS, PAPERS, ask_background, other, place, write
+from fulmen.data.pictures.drawing import INKS, PAPERS, ask_background, open_font, other, place, write
 from fulmen.data.pictures.picture import Picture, Question
 
 # Of matplotlib's fonts, those that hold the Latin letters and no mathematics.
@@ -43,12 +42,6 @@ WORDS = tuple(LIST.split())
 class WordPictures:
     """A picture of each word in each font, by words first."""
 
-    def __init__(self) -> None:
-        # Imported only here, because it takes a quarter of a second.
-        import matplotlib
-
-        self._folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-
     def __len__(self) -> int:
         return len(WORDS) * len(FONTS)
 
@@ -69,11 +62,12 @@ class WordPictures:
             Question("How many letters does it have?", str(len(text)), other(rng, "2345", str(len(text)))),
         )
         caption, refined = f"text, word, {text}", f'The word "{text}".'
-        draw = partial(self._draw, text, FONTS[font], ink, paper, rng.random())
+        draw = partial(_draw, text, FONTS[font], ink, paper, rng.random())
         return Picture(self.name_of(number), caption, refined, questions, draw)
 
-    def _draw(self, text: str, font: str, ink: str, paper: str, seed: float) -> Image.Image:
-        rng = Random(seed)
-        figure = write(text, ImageFont.truetype(self._folder / f"{font}.ttf", rng.randint(*FONT_SIZES)), INKS[ink])
-        size = int(figure.width * rng.uniform(1.1, 1.5)), int(figure.height * rng.uniform(1.4, 2.2))
-        return place(figure, size, PAPERS[paper], rng, angle=6, smallest=0.8)
+
+def _draw(text: str, font: str, ink: str, paper: str, seed: float) -> Image.Image:
+    rng = Random(seed)
+    figure = write(text, open_font(font, rng.randint(*FONT_SIZES)), INKS[ink])
+    size = int(figure.width * rng.uniform(1.1, 1.5)), int(figure.height * rng.uniform(1.4, 2.2))
+    return place(figure, size, PAPERS[paper], rng, angle=6, smallest=0.8)

@@ -15,10 +15,13 @@ from fulmen.config import UserError
 Key, Value = TypeVar("Key"), TypeVar("Value")
 
 
-def ahead(compute: Callable[[Key], Value], keys: Iterable[Key], workers: int, *, together: int = 4) -> Iterator[Value]:
+def ahead(
+    compute: Callable[[Key], Value], keys: Iterable[Key], workers: int, *, together: int = 4, depth: int = 6
+) -> Iterator[Value]:
     """`compute` of each key, in order; in so many other processes, a few keys ahead. 0: here, when it is asked for.
 
     together: how many keys a process takes at once, since values that are soon computed cost more to be handed over.
+    depth: how often it does before they are asked for; of small values what a large step takes, or it waits for them.
     The processes end when the iterator is let go, unless `compute` or `keys` hold what holds it: what then comes to the
     garbage collector ends one process in five seconds. Raises what UserError `compute` raises, when it is that key's
     turn.
@@ -32,6 +35,7 @@ def ahead(compute: Callable[[Key], Value], keys: Iterable[Key], workers: int, *,
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
+        prefetch_factor=depth,
         # A copy of this process has the sources ready; and not all of them, such as fonts, can be sent to another.
         multiprocessing_context="fork",
         # Or it would draw a seed for its workers, who need none, from the generator of the whole program.

@@ -204,7 +204,7 @@ class CaptionLoader:
     def _open_stream(self, count: int, image_size: int) -> "Iterator[_Drawn]":
         processor = ImageProcessor(crop_size=image_size, patch_size=self._patch_size, dynamic=False)
         keys = _training_keys(self._order, self._seed, self._taken, count)
-        return ahead(_Drawings(self._pictures, processor), keys, self._workers, together=1)
+        return ahead(_Drawings(self._pictures, processor), keys, self._workers, together=1, depth=2)
 
 
 def held_out_captions(

@@ -19,12 +19,14 @@ from playwright.sync_api import expect, sync_playwright
 from tests.serve.api.fakes import MODEL, FakeService, failed, live
 from tests.serve.api.pictures import png
 
+from fulmen.config import UserError
 from fulmen.data import ImageProcessor
 from fulmen.serve import Engine, EngineSettings
 from fulmen.serve.api.app import create_app
 from fulmen.serve.api.images import ImageReader
 from fulmen.serve.api.limits import MAX_BODY, MAX_IMAGE_BODY
 from fulmen.serve.service import Service
+from fulmen.serve.types import Piece, QueueFull
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page is tested in Debian's chromium, which is not here")
@@ -77,6 +79,7 @@ def app(service, tokenizer, key, images):
 def page(_page, app):
     """The page, loaded from its server and as new."""
     with live(app) as address:
+        _page.unroute_all()
         _page.goto(address)
         _page.complaints.clear()
         _page.asked.clear()
@@ -188,10 +191,124 @@ def test_a_failure_is_told_and_can_be_repeated(page, service):
     send(page, "Go")
     page.wait_for_selector(".error")
     assert page.inner_text(".error") == "logits are not finite"
+    assert text_of(page) == "Light"
+    assert page.input_value("#message") == ""
     service.pieces = service.say
     page.click("#regenerate")
     expect(page.locator(".turn.assistant .body")).to_have_text(service.text)
     assert page.locator(".error").count() == 0
+
+
+def refuse(page, service):
+    service.error = UserError("no such thing")
+
+
+def refuse_for_now(page, service):
+    service.error = QueueFull(3)
+
+
+def break_off(page, service):
+    service.pieces = lambda *_: [Piece(text="", reason="error", error="logits are not finite")]
+
+
+def disconnect(page, service):
+    page.route("**/completions", lambda route: route.abort())
+
+
+FAILURES = [
+    (refuse, "no such thing"),
+    (refuse_for_now, "the queue is full; try again in 3 s"),
+    (break_off, "logits are not finite"),
+    (disconnect, "The server cannot be reached."),
+]
+
+
+def mend(page, service):
+    """So that the server answers again."""
+    service.error, service.pieces, service.hold = None, service.say, None
+    page.unroute_all()
+
+
+@contextmanager
+def held(page):
+    """Keeps a question from the server until the end of the block."""
+    routes = []
+    page.route("**/completions", lambda route: routes.append(route))
+    yield
+    while not routes:
+        page.wait_for_timeout(10)
+    routes[0].continue_()
+    page.unroute_all()
+
+
+@pytest.mark.parametrize(("fail", "error"), FAILURES)
+def test_a_message_without_an_answer_goes_back(page, service, tokenizer, fail, error):
+    send(page, "One")
+    wait_until_done(page)
+    fail(page, service)
+    send(page, "Two")
+    expect(page.locator(".error")).to_have_text(error)
+    expect(page.locator("#message")).to_have_value("Two")
+    assert page.locator(".turn.user .body").all_inner_texts() == ["One"]
+    assert page.locator("#regenerate").count() == 1
+    mend(page, service)
+    send(page, "Three")
+    expect(page.locator(".turn.assistant .foot")).to_have_count(2)
+    wait_until_done(page)
+    assert page.locator(".error").count() == 0
+    assert page.input_value("#message") == ""
+    assert [text for _, text in messages(service, tokenizer)] == ["One", "Lightning keeps a state.", "Three", ""]
+
+
+def test_a_message_that_is_stopped_before_its_answer_goes_back(page, service, tokenizer):
+    service.hold = 0
+    send(page, "One")
+    page.click("#stop")
+    expect(page.locator("#message")).to_have_value("One")
+    assert "stopped" in page.inner_text(".turn .foot")
+    mend(page, service)
+    send(page, "Two")
+    wait_until_done(page)
+    assert page.locator(".turn").count() == 2
+    assert [text for _, text in messages(service, tokenizer)] == ["Two", ""]
+
+
+def test_what_was_written_meanwhile_is_kept(page, service):
+    service.error = UserError("no such thing")
+    with held(page):
+        send(page, "One\nmore")
+        page.fill("#message", "Two ")
+    page.wait_for_selector(".error")
+    assert page.input_value("#message") == "One\nmore\n\nTwo "
+
+
+def test_nothing_goes_back_into_a_new_chat(page, service):
+    service.hold = 0
+    send(page, "One")
+    expect(page.locator("#stop")).to_be_visible()
+    page.click("#new")
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    assert page.input_value("#message") == ""
+    assert page.locator(".turn").count() == 0
+    assert page.is_visible("#empty")
+
+
+@pytest.mark.parametrize(("fail", "error"), FAILURES)
+def test_an_answer_stays_when_no_other_comes(page, service, fail, error):
+    send(page, "Again?")
+    wait_until_done(page)
+    page.fill("#message", "A draft")
+    fail(page, service)
+    page.click("#regenerate")
+    expect(page.locator(".error")).to_have_text(error)
+    assert page.locator(".turn .body").all_inner_texts() == ["Again?", service.text, ""]
+    assert page.input_value("#message") == "A draft"
+    mend(page, service)
+    service.text = "Something else."
+    page.click("#regenerate")
+    expect(page.locator(".turn.assistant .body")).to_have_text("Something else.")
+    assert page.locator(".error").count() == 0
+    assert service.asked[0] == service.asked[-1]
 
 
 @pytest.mark.parametrize("key", ["secret"])
@@ -203,7 +320,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(page, service):
     page.fill("#key", "secret")
     page.press("#key", "Tab")
     expect(page.locator("#model")).to_have_text(MODEL)
-    page.click("#regenerate")
+    page.press("#message", "Enter")
     expect(page.locator(".turn.assistant .body")).to_have_text(service.text)
     assert page.evaluate("[sessionStorage.getItem('fulmen-key'), localStorage.length]") == ["secret", 0]
     page.evaluate("sessionStorage.clear()")
@@ -446,12 +563,38 @@ class TestImages:
         expect(page.locator("#notice")).to_have_text("file is no picture that this browser can read.")
         assert page.locator(SLOTS).count() == 0
 
-    def test_what_the_server_refuses_is_told(self, page):
-        hand_over(page, "drop", png(1, 2000))
-        expect(page.locator(SLOTS)).to_have_count(1)
-        send(page, "This?")
+    def test_what_the_server_refuses_is_told_and_goes_back(self, page, service):
+        choose(page, png(40, 30), png(1, 2000))
+        expect(page.locator(SLOTS)).to_have_count(2)
+        send(page, "These?")
         page.wait_for_selector(".error")
         assert "too thin" in page.inner_text(".error")
+        assert page.locator(SLOTS).count() == 2
+        assert page.locator(".turn.user").count() == 0
+        page.get_by_role("button", name="Remove image 2").click()
+        page.press("#message", "Enter")
+        wait_until_done(page)
+        assert text_of(page, 0) == "These?"
+        send(page, "And now?")
+        expect(page.locator(".turn.assistant .foot")).to_have_count(2)
+        wait_until_done(page)
+        assert page.locator(".error").count() == 0
+        assert sizes(service) == [[(40, 30)], [(40, 30)]]
+
+    def test_pictures_that_were_added_meanwhile_come_last(self, page, service):
+        choose(page, png(1, 2000), png(40, 30))
+        expect(page.locator(SLOTS)).to_have_count(2)
+        with held(page):
+            page.click("#send")
+            choose(page, png(60, 50), png(70, 70))
+            expect(page.locator("#notice")).to_have_text("One chat holds at most 3 images here.")
+        page.wait_for_selector(".error")
+        assert page.locator(SLOTS).count() == 3
+        assert page.input_value("#message") == ""
+        page.get_by_role("button", name="Remove image 1").click()
+        page.click("#send")
+        wait_until_done(page)
+        assert sizes(service) == [[(40, 30), (60, 50)]]
 
     def test_narrow(self, page):
         page.set_viewport_size({"width": 380, "height": 700})

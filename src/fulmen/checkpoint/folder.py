@@ -1,10 +1,12 @@
 """A checkpoint folder that appears, or is replaced, as a whole."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -26,6 +28,8 @@ CHECKPOINT_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -62,6 +66,11 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write the checkpoint {path}: {reason}; nothing was changed") from error
+
+
+def write_json(file: Path, content: Any) -> None:
+    """A JSON file of a checkpoint's draft, with a line for each key."""
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _check_replaceable(path: Path) -> None:

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fulmen.checkpoint.config import CONFIG_FILE
-from fulmen.checkpoint.folder import replaced_folder
+from fulmen.checkpoint.folder import replaced_folder, write_json
 from fulmen.checkpoint.keys import integer, number, read_json, refuse_unknown
 from fulmen.checkpoint.names import UNUSED
 from fulmen.checkpoint.reader import SINGLE_FILE, check_entries, find_shards, open_shard, read_headers
 from fulmen.checkpoint.vision_config import ENCODER_FIXED, vision_from_keys, vision_keys
-from fulmen.checkpoint.writer import METADATA, write_json
+from fulmen.checkpoint.writer import METADATA
 from fulmen.config import UserError
 from fulmen.data import Tokenizer
 from fulmen.model import VisionConfig, VisionEncoder

@@ -84,7 +84,6 @@ def vision_from_keys(raw: Mapping[str, Any]) -> VisionConfig:
 def vision_language_keys(config: VisionLanguageConfig, dialect: str, text: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json around the keys `text` of the text model, in its dialect."""
     model_type, architecture = WRITTEN[dialect]
-    size = config.vision.image_size
     dtype_key = "torch_dtype" if "torch_dtype" in text else "dtype"
     fixed = {key: value for key, value in FIXED.items() if value is not None and key != "process_image_mode"}
     return {
@@ -95,7 +94,7 @@ def vision_language_keys(config: VisionLanguageConfig, dialect: str, text: Mappi
         "eos_token_id": text["eos_token_id"],
         "image_token_index": config.image_token,
         "image_seq_length": config.vision.side**2,
-        "image_grid_pinpoints": [[rows * size, columns * size] for rows, columns in GRIDS],
+        "image_grid_pinpoints": pinpoints(config.vision),
         **fixed,
         "text_config": dict(text),
         "vision_config": vision_keys(config.vision),
@@ -121,12 +120,16 @@ def vision_language_from_keys(
     return VisionLanguageConfig(text=text, vision=vision, image_token=integer(raw, IMAGE_TOKEN))
 
 
-def _check_grids(pinpoints: Any, vision: VisionConfig) -> None:
-    size = vision.image_size
-    expected = {(rows * size, columns * size) for rows, columns in GRIDS}
-    pairs = pinpoints if isinstance(pinpoints, list) else []
-    if pinpoints is not None and {tuple(pair) if isinstance(pair, list) else pair for pair in pairs} != expected:
+def pinpoints(config: VisionConfig) -> list[list[int]]:
+    """The published grids as [height, width] of their canvases, pixels."""
+    return [[rows * config.image_size, columns * config.image_size] for rows, columns in GRIDS]
+
+
+def _check_grids(found: Any, vision: VisionConfig) -> None:
+    expected = set(map(tuple, pinpoints(vision)))
+    pairs = found if isinstance(found, list) else []
+    if found is not None and {tuple(pair) if isinstance(pair, list) else pair for pair in pairs} != expected:
         raise UserError(
-            f"image_grid_pinpoints are not the {len(GRIDS)} published grids of crops of {size} pixels, which are all "
-            "that images are cut into here"
+            f"image_grid_pinpoints are not the {len(GRIDS)} published grids of crops of {vision.image_size} pixels, "
+            "which are all that images are cut into here"
         )

@@ -1,22 +1,22 @@
 """A model as a published checkpoint: one shard at a time, under the published names, whole or not at all."""
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from fulmen.checkpoint.config import CONFIG_FILE, config_keys
-from fulmen.checkpoint.folder import replaced_folder
+from fulmen.checkpoint.folder import replaced_folder, write_json
 from fulmen.checkpoint.generation import GENERATION_FILE
 from fulmen.checkpoint.names import Model, Piece, published_pieces, text_model
+from fulmen.checkpoint.processor import write_processor
 from fulmen.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from fulmen.config import UserError
 from fulmen.data import Tokenizer
+from fulmen.model import VisionLanguageConfig
 
 # transformers refuses files without it.
 METADATA = {"format": "pt"}
@@ -38,7 +38,8 @@ def save_model(
     existing checkpoint at `path` is replaced, tokenizer included, once the new one is complete and on the disk.
 
     Args:
-        dialect: "original" or "transformers"; they differ in config.json alone.
+        dialect: "original" or "transformers"; they differ in config.json and, for a model that sees, in what
+            transformers needs beside it: the files of `write_processor` and a key in generation_config.json.
         tokenizer: saved beside the weights; gives `eos_id` and `bos_id` where these are None.
         max_shard_bytes: bytes of tensors in one file, except where one tensor is larger. A checkpoint that fits in one
             file is a single one without an index.
@@ -62,12 +63,15 @@ def save_model(
         raise UserError(f"{int8[0]} is int8, which no checkpoint holds: save the model that it was made from")
     dtype = text_model(model).embed_tokens.weight.dtype
     keys = config_keys(model.config, dialect, dtype=dtype, eos_id=eos_id, bos_id=bos_id)
+    llava = dialect == "transformers" and isinstance(model.config, VisionLanguageConfig)
     with replaced_folder(Path(path)) as draft:
         write_json(draft / CONFIG_FILE, keys)
         write_json(draft / GENERATION_FILE, {"bos_token_id": bos_id, "eos_token_id": eos_id})
         _write_shards(model, draft, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(draft)
+        if llava:
+            write_processor(model.config, draft, tokenizer)
         # Some libraries give their files to the owner alone.
         for file in draft.iterdir():
             shutil.copymode(draft / CONFIG_FILE, file)
@@ -101,8 +105,3 @@ def _split(pieces: Sequence[Piece], max_bytes: int, itemsize: int) -> list[list[
         shards[-1].append(piece)
         room -= size
     return shards
-
-
-def write_json(file: Path, content: Any) -> None:
-    """A JSON file of a checkpoint's draft, with a line for each key."""
-    file.write_text(json.dumps(content, indent=2) + "\n")

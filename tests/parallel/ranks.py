@@ -1,14 +1,18 @@
 """Runs a function on several ranks: processes joined by gloo, forked from one that has imported what they need."""
 
+import io
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 LIMIT = 120
 """Seconds that all ranks together may take; then a test of theirs fails instead of hanging."""
@@ -24,7 +28,9 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
     with tempfile.TemporaryDirectory() as folder:
         results = context.SimpleQueue()
         processes = [
-            context.Process(target=_rank, args=(rank, world, os.path.join(folder, "store"), results, function, arguments))
+            context.Process(
+                target=_rank, args=(rank, world, os.path.join(folder, "store"), results, function, arguments)
+            )
             for rank in range(world)
         ]
         for process in processes:
@@ -38,8 +44,6 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
 
 
 def _collect(processes: list, results: Any) -> list[Any]:
-    import time
-
     found: dict[int, Any] = {}
     deadline = time.monotonic() + LIMIT
     while len(found) < len(processes):
@@ -54,14 +58,11 @@ def _collect(processes: list, results: Any) -> list[Any]:
         rank, value, error = results.get()
         if error is not None:
             pytest.fail(f"rank {rank}:\n{error}")
-        found[rank] = value
+        found[rank] = torch.load(io.BytesIO(value), weights_only=False)
     return [found[rank] for rank in range(len(processes))]
 
 
 def _rank(rank: int, world: int, store: str, results: Any, function: Callable, arguments: tuple) -> None:
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
@@ -71,6 +72,9 @@ def _rank(rank: int, world: int, store: str, results: Any, function: Callable, a
         value = function(*arguments)
         dist.barrier()
         dist.destroy_process_group()
-        results.put((rank, value, None))
+        # As bytes: tensors would be handed over by descriptors, which end with this process.
+        packed = io.BytesIO()
+        torch.save(value, packed)
+        results.put((rank, packed.getvalue(), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

@@ -138,14 +138,19 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         targets: Tensor,
         *,
+        cache: SequenceCache | None = None,
         cu_seqlens: Tensor | None = None,
         capacity_factor: float | None = None,
         checkpoint_layers: bool = False,
         inserted: Inserted | None = None,
     ) -> TrainingLoss:
-        """Cross-entropy of targets [B, T] int64 (-100: none) and the balance loss, without holding all logits."""
+        """Cross-entropy of targets [B, T] int64 (-100: none) and the balance loss, without holding all logits.
+
+        cache: of the rest of a row of which these tokens are a slice (`fulmen.parallel`).
+        """
         hidden, routing = self.hidden(
             tokens,
+            cache=cache,
             cu_seqlens=cu_seqlens,
             capacity_factor=capacity_factor,
             checkpoint_layers=checkpoint_layers,

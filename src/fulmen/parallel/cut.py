@@ -4,6 +4,7 @@ Plain numbers, the same on every rank, so that nothing about lengths or borders 
 """
 
 import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,31 +90,42 @@ class Cut:
         """The borders of a rank's pieces: the parts of samples in its segments, laid end to end. [0] without tokens."""
         found = [0]
         for number in self.held(rank):
-            segment = self.segments[number]
-            cuts = [segment.start, *(b for b in self.borders if segment.start < b < segment.end), segment.end]
-            found += [found[-1] + b - cuts[0] for b in cuts[1:] if b > cuts[0]]
+            start, end = self.segments[number]
+            inner = self.borders[bisect_right(self.borders, start) : bisect_left(self.borders, end)]
+            if start < end:
+                found += [found[-1] - start + border for border in (*inner, end)]
         return found
 
     def head(self, segment: int) -> Segment | None:
-        """The part of a segment, in the row, whose sample began before it; None if it begins with a sample or is empty."""
+        """The part of a segment, in the row, whose sample began before it; None if it is empty or begins with one."""
         start, end = self.segments[segment]
-        if start == end or start in self._border_set:
+        if start == end or self.borders[self._sample(start)] == start:
             return None
-        return Segment(start, min(end, next(border for border in self.borders if border > start)))
+        return Segment(start, min(end, self.borders[self._sample(start) + 1]))
 
     def tail(self, segment: int) -> Segment | None:
-        """The part of a segment, in the row, whose sample goes on behind it; None if it ends with one or is empty."""
+        """The part of a segment whose sample goes on behind it, in the row; None if it ends with one or is empty."""
         start, end = self.segments[segment]
-        if start == end or end in self._border_set:
+        if start == end or self.borders[self._sample(end - 1) + 1] == end:
             return None
-        return Segment(max(start, max(border for border in self.borders if border < end)), end)
+        return Segment(max(start, self.borders[self._sample(end - 1)]), end)
 
-    def distance(self, earlier: int, later: int) -> int | None:
-        """Tokens from an earlier segment's end to a later one's begin, if a sample reaches from one to the other."""
-        head, tail = self.head(later), self.tail(earlier)
-        if head is None or tail is None or not self._same_sample(tail.start, head.start):
-            return None
-        return head.start - tail.end
+    def distances(self, *, later: Sequence[int]) -> Tensor:
+        """[len(later), S] int64: tokens from each segment's end to the begin of each of `later`, if a sample reaches
+        from one to the other; else -1."""
+        starts, _, heads, _ = (column[list(later), None] for column in self._columns)
+        _, ends, _, tails = self._columns
+        return torch.where((heads == tails) & (starts >= ends), starts - ends, -1)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(end - start for start, end in itertools.pairwise(self.borders))
+
+    @property
+    def is_crossed(self) -> bool:
+        """Whether any sample lies in more than one segment."""
+        return any(self.tail(number) is not None for number in range(len(self.segments)))
 
     def place(self, rank: int, part: Segment) -> slice:
         """Where a part of the row, within one of a rank's segments, lies among the tokens that it holds."""
@@ -126,8 +138,13 @@ class Cut:
         raise ValueError(f"rank {rank} does not hold {part}")
 
     @cached_property
-    def _border_set(self) -> frozenset[int]:
-        return frozenset(self.borders)
+    def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of all segments the starts, the ends, and the samples of heads and tails, [S] int64; -1 and -2 for none."""
+        heads = [-1 if self.head(n) is None else self._sample(s.start) for n, s in enumerate(self.segments)]
+        tails = [-2 if self.tail(n) is None else self._sample(s.end - 1) for n, s in enumerate(self.segments)]
+        starts, ends = zip(*self.segments, strict=True)
+        return tuple(map(torch.tensor, (starts, ends, heads, tails)))
 
-    def _same_sample(self, earlier: int, later: int) -> bool:
-        return not any(earlier < border <= later for border in self.borders)
+    def _sample(self, token: int) -> int:
+        """The number of the sample that a token of the row is in."""
+        return bisect_right(self.borders, token) - 1

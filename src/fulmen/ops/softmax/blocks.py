@@ -1,0 +1,117 @@
+"""Attention to one block of keys at a time: what several blocks give is merged by their logarithms of sums.
+
+    o = sum_b exp(l_b - l) o_b        l = log sum_b exp(l_b)        (online softmax)
+
+A block's gradients need nothing of the other blocks but the merged l and what `row_dots` gives.
+Letters: T queries, S keys of the block, H heads, H_kv key heads, D their width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SCORES = 2**24
+"""Scores that exist at a time where the block's attention is plain products."""
+
+
+class Attended(NamedTuple):
+    """What queries have seen so far."""
+
+    out: Tensor  # [T, H, D] fp32
+    lse: Tensor  # [T, H] fp32, the logarithm of the sum of exp(scores)
+
+
+def attend_block(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Attended:
+    """q [T, H, D] over k, v [S, H_kv, D], all of them or, if `causal` (T == S), those up to its own place."""
+    if _has_flash(q):
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q[None], k[None], v[None], None, None, len(q), len(k), 0.0, causal, False
+        )
+        return Attended(out[0].float(), lse[0].T)
+    outs, lses = [], []
+    for rows in _chunks(len(q), q.shape[1] * len(k)):
+        scores = _scores(q[rows], k, rows.start if causal else None)
+        lse = scores.logsumexp(-1)
+        outs.append(_mix((scores - lse[..., None]).exp_(), v))
+        lses.append(lse.flatten(0, 1).T)
+    return Attended(torch.cat(outs), torch.cat(lses))
+
+
+def merge(one: Attended | None, other: Attended) -> Attended:
+    """Of two blocks, in any order."""
+    if one is None:
+        return other
+    lse = torch.logaddexp(one.lse, other.lse)
+    parts = ((part.lse - lse).exp()[..., None] * part.out for part in (one, other))
+    return Attended(sum(parts), lse)
+
+
+def row_dots(out: Tensor, d_out: Tensor) -> Tensor:
+    """[T, H] fp32: of each query's merged output with its gradient."""
+    return (out.float() * d_out.float()).sum(-1)
+
+
+def attend_block_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Attended, dots: Tensor, *, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 gradients of q, k and v by this block's part in the merged outputs; dots: from `row_dots`."""
+    if _has_flash(q):
+        return _flash_backward(d_out, q, k, v, merged, causal)
+    d_q, d_k, d_v = (torch.zeros_like(x, dtype=merged.out.dtype) for x in (q, k, v))
+    scale = q.shape[2] ** -0.5
+    for rows in _chunks(len(q), q.shape[1] * len(k)):
+        lse, dot = (_by_key_head(x[rows, :, None], k.shape[1]) for x in (merged.lse, dots))
+        probs = (_scores(q[rows], k, rows.start if causal else None) - lse).exp_()
+        grad = _by_key_head(d_out[rows].to(probs.dtype), k.shape[1])
+        d_scores = (torch.einsum("hgtd,shd->hgts", grad, v.to(probs.dtype)) - dot) * probs * scale
+        d_q[rows] = _by_token(torch.einsum("hgts,shd->hgtd", d_scores, k.to(probs.dtype)))
+        d_k += torch.einsum("hgts,hgtd->shd", d_scores, _by_key_head(q[rows].to(probs.dtype), k.shape[1]))
+        d_v += torch.einsum("hgts,hgtd->shd", probs, grad)
+    return d_q, d_k, d_v
+
+
+def _has_flash(q: Tensor) -> bool:
+    """Whether PyTorch has a kernel that gives the logarithms too, for heads of this width."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _flash_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Attended, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+    grads = torch.ops.aten._flash_attention_backward(
+        *(x[None].contiguous() for x in (d_out.to(q.dtype), q, k, v, merged.out.to(q.dtype))),
+        merged.lse.T[None].contiguous(),
+        *(None, None, len(q), len(k), 0.0, causal, rng, rng),
+    )
+    return tuple(grad[0].float() for grad in grads)
+
+
+def _chunks(queries: int, scores_each: int) -> list[slice]:
+    step = max(1, SCORES // max(1, scores_each))
+    return [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
+
+
+def _scores(q: Tensor, k: Tensor, first: int | None) -> Tensor:
+    """[H_kv, H / H_kv, T, S] fp32, scaled; of queries from place `first` on each sees the keys up to its own place."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("hgtd,shd->hgts", _by_key_head(q.to(dtype), k.shape[1]), k.to(dtype)).mul_(q.shape[2] ** -0.5)
+    if first is not None:
+        visible = torch.arange(len(k), device=q.device) <= torch.arange(first, first + len(q), device=q.device)[:, None]
+        scores.masked_fill_(~visible, float("-inf"))
+    return scores
+
+
+def _mix(probs: Tensor, v: Tensor) -> Tensor:
+    return _by_token(torch.einsum("hgts,shd->hgtd", probs, v.to(probs.dtype)))
+
+
+def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
+    """[T, H, D] to [H_kv, H / H_kv, T, D]."""
+    return x.unflatten(1, (key_heads, -1)).permute(1, 2, 0, 3)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """The inverse."""
+    return x.permute(2, 0, 1, 3).flatten(1, 2)

@@ -1,0 +1,233 @@
+"""Varlen ring attention: softmax attention of a packed row that is cut over ranks (minimax-01.md, section 8).
+
+The row is cut as a whole, wherever samples begin and end. Keys of other ranks are what the heads of segments need,
+parts of samples that began in an earlier segment; everything else is attention within a rank. The keys of each rank's
+tails go round, from rank to rank, as far as someone needs them, and the next ones travel while those at hand are
+computed. Backward they go the same way round, and each rank sends its part of their gradients home.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fulmen.ops.softmax import softmax_attention
+from fulmen.ops.softmax.blocks import Attended, attend_block, attend_block_backward, merge, row_dots
+from fulmen.parallel.cut import Cut
+
+
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, cut: Cut, group: dist.ProcessGroup, *, overlap: bool = True
+) -> Tensor:
+    """`softmax_attention` of the whole packed row, for this rank's tokens: [1, T_r, H, D], the dtype of q.
+
+    q: [1, T_r, H, D], k, v: [1, T_r, H_kv, D] of the tokens that this rank of `group` holds of the row `cut`, in their
+    positions. All ranks call it at the same time, forward and backward; what nobody needs is not sent. overlap: False
+    waits for the next keys before it computes with those at hand, to be measured beside it.
+    """
+    ring = _Ring(cut, dist.get_rank(group), group, overlap)
+    others = _attend_others(q, k, v, ring.others)
+    return _RingAttention.apply(others, q, k, v, ring)
+
+
+def _attend_others(q: Tensor, k: Tensor, v: Tensor, pieces: list[slice]) -> Tensor:
+    """Attention of the pieces that need no other rank, laid end to end: [1, their tokens, H, D]."""
+    if not pieces:
+        return q[:, :0]
+    if sum(piece.stop - piece.start for piece in pieces) < q.shape[1]:
+        q, k, v = (torch.cat([x[:, piece] for piece in pieces], dim=1) for x in (q, k, v))
+    borders = list(itertools.accumulate((piece.stop - piece.start for piece in pieces), initial=0))
+    return softmax_attention(q, k, v, torch.tensor(borders, dtype=torch.int32))
+
+
+class _Block(NamedTuple):
+    """What a rank computes with some keys."""
+
+    head: int  # which of its heads
+    keys: slice  # among all that their owner gives
+
+
+class _Ring:
+    """Who needs whose keys and how they go round. What a rank gives are the tails of its segments, laid end to end."""
+
+    def __init__(self, cut: Cut, rank: int, group: dist.ProcessGroup, overlap: bool):
+        self.cut, self.rank, self.overlap, self._group = cut, rank, overlap, group
+        self._with_head = [number for number in cut.held(rank) if cut.head(number) is not None]
+        self.heads = [cut.place(rank, cut.head(number)) for number in self._with_head]
+        tails = (cut.tail(number) for number in cut.held(rank))
+        self.tails = [cut.place(rank, tail) for tail in tails if tail is not None]
+        pieces = (slice(*ends) for ends in itertools.pairwise(cut.local_borders(rank)))
+        self.others = [piece for piece in pieces if piece not in self.heads]
+        self._needed = self._steps_needed()
+
+    def owner(self, step: int) -> int:
+        """Whose keys are here after so many steps."""
+        return (self.rank - step) % self.cut.ranks
+
+    def blocks(self, owner: int) -> list[_Block]:
+        """What this rank computes with an owner's keys."""
+        distances, start, found = self.cut.distances(later=self._with_head), 0, []
+        for number in self.cut.held(owner):
+            if (tail := self.cut.tail(number)) is not None:
+                keys = slice(start, start := start + tail.end - tail.start)
+                found += [_Block(head, keys) for head in torch.nonzero(distances[:, number] >= 0).flatten().tolist()]
+        return found
+
+    def walk(self, mine: Tensor, visit: Callable[[int, Tensor | None], None]) -> None:
+        """`visit(step, keys)` of this rank's own [2, n, H_kv, D] at step 0, and of those that come by at each later
+        one, None if there are none; as many steps as any keys go."""
+        here: Tensor | None = mine
+        for step in range(1 + max(max(steps, default=0) for steps in self._needed)):
+            following, coming = self.owner(step + 1), None
+            sends = [(here, self.rank + 1)] if self._goes_on(self.owner(step), step) else []
+            if self._goes_on(following, step):
+                coming = mine.new_empty(2, self._num_keys(following), *mine.shape[2:])
+            travelling = self._exchange(sends, [] if coming is None else [(coming, self.rank - 1)])
+            if self.overlap:
+                visit(step, here)
+            _wait(travelling)
+            if not self.overlap:
+                visit(step, here)
+            here = coming
+
+    def send_home(self, step: int, gradients: Tensor | None, mine: Tensor) -> tuple[Tensor | None, list[dist.Work]]:
+        """Send gradients of the keys that are here to their owner, as others do of this rank's keys, shaped as `mine`.
+
+        Gives back what arrives, if anything does, once the works are done.
+        """
+        sends = [(gradients, self.owner(step))] if step in self._needed[self.owner(step)] else []
+        coming = torch.empty_like(mine) if step in self._needed[self.rank] else None
+        return coming, self._exchange(sends, [] if coming is None else [(coming, self.rank + step)])
+
+    def _goes_on(self, owner: int, step: int) -> bool:
+        """Whether an owner's keys go farther than so many steps."""
+        return step < max(self._needed[owner], default=0)
+
+    def _num_keys(self, owner: int) -> int:
+        tails = (self.cut.tail(number) for number in self.cut.held(owner))
+        return sum(tail.end - tail.start for tail in tails if tail is not None)
+
+    def _steps_needed(self) -> list[set[int]]:
+        """After how many steps the keys of each rank come to those that need them, its own needs left out."""
+        ranks, needed = self.cut.ranks, [set() for _ in range(self.cut.ranks)]
+        distances = self.cut.distances(later=range(len(self.cut.segments)))
+        for later, earlier in torch.nonzero(distances >= 0).tolist():
+            owner = self.cut.holder(earlier)
+            needed[owner].add((self.cut.holder(later) - owner) % ranks)
+        return [steps - {0} for steps in needed]
+
+    def _exchange(self, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> list[dist.Work]:
+        operations = [
+            dist.P2POp(operation, tensor, dist.get_global_rank(self._group, rank % self.cut.ranks), self._group)
+            for operation, pairs in ((dist.isend, sends), (dist.irecv, receives))
+            for tensor, rank in pairs
+        ]
+        return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+
+
+class _RingAttention(torch.autograd.Function):
+    """Puts the heads' attention, over all keys they see, between that of the other pieces, which comes computed."""
+
+    @staticmethod
+    def forward(ctx, others: Tensor, q: Tensor, k: Tensor, v: Tensor, ring: _Ring):
+        seen = [attend_block(q[0, head], k[0, head], v[0, head], causal=True) for head in ring.heads]
+
+        def visit(step: int, keys: Tensor | None) -> None:
+            for head, part in ring.blocks(ring.owner(step)):
+                block = attend_block(q[0, ring.heads[head]], *keys[:, part], causal=False)
+                seen[head] = merge(seen[head], block)
+
+        ring.walk(_tails(k, v, ring.tails), visit)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for piece, part in _places(ring.others):
+            out[:, piece] = others[:, part]
+        for head, attended in zip(ring.heads, seen, strict=True):
+            out[0, head] = attended.out.to(out.dtype)
+        ctx.ring, ctx.heads = ring, len(seen)
+        ctx.save_for_backward(q, k, v, *itertools.chain.from_iterable(seen))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        ring: _Ring = ctx.ring
+        q, k, v, *rest = ctx.saved_tensors
+        seen = [Attended(*pair) for pair in zip(rest[::2], rest[1::2], strict=True)]
+        grads = _Gradients(ring, d_out[0], (q[0], k[0], v[0]), seen)
+        keys = _tails(k, v, ring.tails)
+        ring.walk(keys, grads.visit)
+        d_q, d_k, d_v = grads.finish()
+        d_others = [d_out[:, piece] for piece in ring.others]
+        d_others = torch.cat(d_others, dim=1) if d_others else d_out[:, :0]
+        return d_others, d_q.to(q.dtype)[None], d_k.to(k.dtype)[None], d_v.to(v.dtype)[None], None
+
+
+class _Gradients:
+    """Those of a rank's q, k and v [T_r, heads, D], summed in fp32 while the keys go round once more."""
+
+    def __init__(self, ring: _Ring, d_out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], seen: list[Attended]):
+        self._ring, self._d_out, self._q, self._seen = ring, d_out, inputs[0], seen
+        self._dots = [row_dots(each.out, d_out[head]) for head, each in zip(ring.heads, seen, strict=True)]
+        self._sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
+        self._own = _tails(*(x[None] for x in self._sums[1:]), ring.tails)  # of this rank's keys, by all who saw them
+        self._arriving: tuple[Tensor | None, list[dist.Work]] = None, []
+        for head, place in enumerate(ring.heads):
+            for total, grad in zip(
+                self._sums, self._of_block(head, *(x[place] for x in inputs[1:]), True), strict=True
+            ):
+                total[place] += grad
+
+    def visit(self, step: int, keys: Tensor | None) -> None:
+        """Add this rank's part in the gradients of the keys that are here, and of what it asks of them."""
+        blocks = self._ring.blocks(self._ring.owner(step))
+        d_keys = torch.zeros_like(keys, dtype=self._own.dtype) if blocks else None
+        for head, part in blocks:
+            d_q, d_k, d_v = self._of_block(head, *keys[:, part], False)
+            self._sums[0][self._ring.heads[head]] += d_q
+            d_keys[:, part] += torch.stack([d_k, d_v])
+        self._take_arrived()
+        if step > 0:
+            self._arriving = self._ring.send_home(step, d_keys, self._own)
+        elif blocks:
+            self._own += d_keys
+
+    def finish(self) -> list[Tensor]:
+        """The sums, when all have sent what they have."""
+        self._take_arrived()
+        for piece, part in _places(self._ring.tails):
+            for total, own in zip(self._sums[1:], self._own, strict=True):
+                total[piece] += own[part]
+        return self._sums
+
+    def _of_block(self, head: int, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        place = self._ring.heads[head]
+        rest = (self._seen[head], self._dots[head])
+        return attend_block_backward(self._d_out[place], self._q[place], k, v, *rest, causal=causal)
+
+    def _take_arrived(self) -> None:
+        arrived, works = self._arriving
+        _wait(works)
+        if arrived is not None:
+            self._own += arrived
+        self._arriving = None, []
+
+
+def _tails(k: Tensor, v: Tensor, tails: list[slice]) -> Tensor:
+    """Keys and values of some pieces of [1, T_r, H_kv, D], end to end: [2, n, H_kv, D]."""
+    both = torch.stack([k[0], v[0]])
+    return torch.cat([both[:, tail] for tail in tails] or [both[:, :0]], dim=1)
+
+
+def _places(pieces: list[slice]) -> list[tuple[slice, slice]]:
+    """Each piece, and where it lies when they are laid end to end."""
+    ends = list(itertools.accumulate(piece.stop - piece.start for piece in pieces))
+    return [(piece, slice(end - piece.stop + piece.start, end)) for piece, end in zip(pieces, ends, strict=True)]

@@ -1,0 +1,48 @@
+"""Ring attention over ranks against softmax attention of the whole row on one."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.parallel.ranks import run_ranks
+from tests.parallel.test_lasp import BORDERS
+
+from fulmen.ops.softmax import softmax_attention
+from fulmen.parallel import Cut
+from fulmen.parallel.ring import ring_attention
+
+HEADS, KEY_HEADS, WIDTH = 4, 2, 8
+
+
+def whole_row(borders):
+    torch.manual_seed(borders[-1])
+    shapes = [(1, borders[-1], heads, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
+    return [torch.randn(shape) for shape in shapes]
+
+
+def on_a_rank(cases):
+    """Outputs and gradients of this rank's part of each (borders, balanced, overlap)."""
+    found = []
+    for borders, balanced, overlap in cases:
+        cut, rank = Cut(borders, dist.get_world_size(), balanced), dist.get_rank()
+        q, k, v, grad = (cut.take(x, rank) for x in whole_row(borders))
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out = ring_attention(*inputs, cut, dist.group.WORLD, overlap=overlap)
+        out.backward(grad)
+        found.append((out.detach(), *(x.grad for x in inputs)))
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_outputs_and_gradients_are_those_of_the_whole_row(world):
+    cases = [*itertools.product(BORDERS, (False, True), (True,)), (BORDERS[0], False, False)]
+    for (borders, balanced, _), *parts in zip(cases, *run_ranks(world, on_a_rank, cases), strict=True):
+        *inputs, grad = whole_row(borders)
+        inputs = [x.requires_grad_() for x in inputs]
+        out = softmax_attention(*inputs, torch.tensor(borders, dtype=torch.int32))
+        out.backward(grad)
+        cut = Cut(borders, world, balanced)
+        for number, expected in enumerate((out.detach(), *(x.grad for x in inputs))):
+            found = cut.join([part[number] for part in parts])
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=f"{borders} {balanced} {number}")

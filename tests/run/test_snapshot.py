@@ -207,14 +207,10 @@ def test_leftovers_of_a_killed_save_are_removed_and_a_replaced_snapshot_comes_ba
 
 
 def test_a_reader_leaves_the_draft_of_a_save_in_progress_alone(store):
-    def state_seen_while_saving():
-        reader = SnapshotStore(store.folder)
-        assert reader.latest().step == 1
-        yield b"{}"
-
     fill(store, 1)
-    with store._locked(wait=True):
-        store._write(2, {"tensors.safetensors": [b""], "state.json": state_seen_while_saving()})
+    with store.writing(2, {}, 0) as draft:
+        (draft / "tensors.safetensors").write_bytes(b"")
+        assert SnapshotStore(store.folder).latest().step == 1
     assert store.steps() == [1, 2]
 
 

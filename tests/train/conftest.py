@@ -1,72 +1,16 @@
-"""A recipe, a text and a trainer so small that 200 steps take two seconds, on one thread, so that bits repeat."""
-
-import random
+"""The small recipe, text and trainer of `small.py` as fixtures."""
 
 import pytest
-import torch
+from tests.train.small import RECIPE, make_text, make_trainer
 
 from fulmen.config import load_recipe
-from fulmen.data import Document, PackedLoader, Tokenizer
-from fulmen.model import LanguageModel, ModelConfig
-from fulmen.train import Trainer, TrainRecipe
-from fulmen.train.language import LanguageObjective
-
-RECIPE = """
-[model]
-preset = "tiny"
-vocab_size = 300
-hidden_size = 32
-num_layers = 2
-layer_plan = "LS"
-num_heads = 2
-num_kv_heads = 1
-head_dim = 16
-rotary_dim = 16
-num_experts = 4
-expert_size = 32
-max_positions = 256
-
-[data]
-sources = ["text.txt"]
-sequence_length = 48
-held_out_tokens = 256
-
-[optimizer]
-learning_rate = 1e-2
-
-[schedule]
-steps = 200
-warmup = 10
-decay = 50
-batch_tokens = 64
-
-[train]
-precision = "float32"
-snapshot_every = 7
-evaluate_every = 50
-"""
-
-WORDS = (
-    "the",
-    "state",
-    "of",
-    "lightning",
-    "layers",
-    "decays",
-    "while",
-    "keys",
-    "and",
-    "values",
-    "stay",
-    "as",
-    "written",
-)
+from fulmen.data import Tokenizer
+from fulmen.train import TrainRecipe
 
 
 @pytest.fixture(scope="session")
 def text():
-    generator = random.Random(0)
-    return "\n".join(" ".join(generator.choices(WORDS, k=generator.randint(4, 12))) for _ in range(250))
+    return make_text()
 
 
 @pytest.fixture
@@ -90,18 +34,6 @@ def tokenizer(text):
 
 
 @pytest.fixture
-def trainer(recipe, text, tokenizer):
+def trainer(folder, text, tokenizer):
     """trainer("optimizer.clip=2") gives a trainer of the small recipe with some keys changed."""
-
-    def make(*overrides):
-        settings = recipe(*overrides)
-        sizes = {name: value for name, value in vars(settings.model).items() if value is not None}
-        torch.manual_seed(0)
-        model = LanguageModel(ModelConfig.preset(sizes.pop("preset"), **sizes))
-        documents = [Document(line, f"text#{number}") for number, line in enumerate(text.split("\n"))]
-        shape = {"batch_tokens": settings.schedule.batch_tokens, "sequence_length": settings.data.sequence_length}
-        loader = PackedLoader(documents, tokenizer, seed=0, **shape)
-        cpu = torch.device("cpu")
-        return Trainer(LanguageObjective(model, loader, tokenizer, settings, cpu), settings, cpu)
-
-    return make
+    return lambda *overrides: make_trainer(folder, text, tokenizer, overrides)

@@ -3,7 +3,7 @@
 import torch
 
 from fulmen.model import LanguageModel, ModelConfig
-from fulmen.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from fulmen.train.optimizer import begin_state, make_optimizer, optimizer_tensors
 from fulmen.train.recipe import OptimizerSection
 
 
@@ -39,6 +39,20 @@ def test_first_step_by_hand():
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - decay) + 0.1 * 0.02 / (0.02 + 1e-3))
 
 
+def test_state_that_is_begun_is_that_of_the_first_step():
+    nets = [model(), model()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers = [make_optimizer(net, OptimizerSection()) for net in nets]
+    begin_state(optimizers[1])
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, 0.5)
+        optimizer.step()
+    one, other = (optimizer_tensors(*pair) for pair in zip(nets, optimizers, strict=True))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
+
+
 def test_state_goes_by_name_and_comes_back():
     nets = [model(), model()]
     nets[1].load_state_dict(nets[0].state_dict())
@@ -55,7 +69,9 @@ def test_state_goes_by_name_and_comes_back():
     assert {name.rsplit(":", 1)[1] for name in saved} == {"step", "exp_avg", "exp_avg_sq"}
     assert len(saved) == 3 * len(list(nets[0].parameters()))
     nets[1].load_state_dict(nets[0].state_dict())
-    load_optimizer_tensors(nets[1], optimizers[1], saved)
+    begin_state(optimizers[1])
+    for name, tensor in optimizer_tensors(nets[1], optimizers[1]).items():
+        tensor.copy_(saved[name])
     step(0, 2)
     step(1, 2)
     for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):

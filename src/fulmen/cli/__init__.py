@@ -9,11 +9,11 @@ import signal
 import sys
 from typing import NoReturn
 
-from fulmen.cli import bench, checkpoints, evaluating, marl, serving, training, using
+from fulmen.cli import bench, checkpoints, evaluating, marl, planning, serving, training, using
 from fulmen.cli.parts import fail
 from fulmen.config import UserError
 
-VERBS = (training, using, serving, evaluating, checkpoints, marl, bench)
+VERBS = (training, using, serving, planning, evaluating, checkpoints, marl, bench)
 """The modules that declare and run them."""
 
 
@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         code = arguments.run(arguments)
         sys.stdout.flush()
     except UserError as error:
-        code = fail(str(error), 2)
+        # Of several ranks that refuse the same, one tells.
+        code = 2 if getattr(error, "told_by_first", False) else fail(str(error), 2)
     except KeyboardInterrupt:
         print("fulmen: interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT

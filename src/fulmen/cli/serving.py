@@ -1,4 +1,4 @@
-"""`fulmen serve` and `plan`."""
+"""`fulmen serve`."""
 
 import argparse
 import asyncio
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fulmen.cli.parts import DTYPE_HELP, DTYPES, count, model_config, verb
+from fulmen.cli.parts import DTYPE_HELP, DTYPES, count, verb
 from fulmen.config import UserError
 
 GB = 10**9
@@ -29,7 +29,7 @@ def _number(kind: Callable[[str], float], least: float, most: float) -> Callable
     return read
 
 
-_gigabytes = _number(float, 1 / GB, 1e9)
+gigabytes = _number(float, 1 / GB, 1e9)
 
 
 def _word(text: str) -> str:
@@ -68,25 +68,12 @@ def add(verbs) -> None:
     parser.add_argument("--grace", type=_number(float, 0, 1e6), default=30, help=help_text)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
     parser.add_argument("--dtype", choices=(*DTYPES, "int8"), default="float32", help=DTYPE_HELP)
-    parser.add_argument("--memory", type=_gigabytes, metavar="GB", help="for everything (default: what is free)")
-    _memory_arguments(parser)
-
-    parser = verb(
-        verbs,
-        "plan",
-        _plan,
-        "print how an engine would divide memory, without loading anything",
-        "fulmen plan minimax-text-01 --dtype int8 --devices 8 --memory 80 --max-context 1000000",
-    )
-    parser.add_argument("model", help="a named size, a checkpoint's folder or a training run's")
-    parser.add_argument("--dtype", choices=(*DTYPES, "int8"), default="bfloat16", help="(default: bfloat16)")
-    parser.add_argument("--devices", type=count, default=1, help="that share the model evenly (default: 1)")
-    parser.add_argument("--memory", type=_gigabytes, metavar="GB", required=True, help="of each device")
-    parser.add_argument("--share", type=float, default=0.9, help="of the memory that is used (default: 0.9)")
-    _memory_arguments(parser)
+    parser.add_argument("--memory", type=gigabytes, metavar="GB", help="for everything (default: what is free)")
+    memory_arguments(parser)
 
 
-def _memory_arguments(parser: argparse.ArgumentParser) -> None:
+def memory_arguments(parser) -> None:
+    """What decides how an engine divides its memory."""
     parser.add_argument("--max-sequences", type=count, default=64, help="that run at the same time (default: 64)")
     help_text = "tokens of prompt and answer (default: the model's positions, as far as they fit)"
     parser.add_argument("--max-context", type=count, help=help_text)
@@ -97,7 +84,8 @@ def _memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt anew")
 
 
-def _settings(arguments: argparse.Namespace, **others):
+def engine_settings(arguments: argparse.Namespace, **others):
+    """`EngineSettings` of those arguments."""
     from fulmen.serve import EngineSettings
 
     return EngineSettings(
@@ -110,26 +98,6 @@ def _settings(arguments: argparse.Namespace, **others):
     )
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    from fulmen.serve import plan_memory
-
-    config = model_config(arguments.model)
-    if not 0 < arguments.share <= 1:
-        raise UserError(f"--share must be above 0 and at most 1, got {arguments.share}")
-    plan = plan_memory(
-        config,
-        _settings(arguments),
-        budget=round(arguments.devices * arguments.memory * arguments.share * GB),
-        weights=config.weight_bytes(arguments.dtype),
-        number_bytes=4 if arguments.dtype == "float32" else 2,
-        is_int8=arguments.dtype == "int8",
-        device="cuda",
-    )
-    print(f"{arguments.devices} x {arguments.memory:g} GB, of which {arguments.share:.0%}; {arguments.dtype} weights")
-    print(plan.table())
-    return 0
-
-
 def _serve(arguments: argparse.Namespace) -> int:
     import torch
 
@@ -137,7 +105,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from fulmen.serve import Engine
 
     memory = None if arguments.memory is None else round(arguments.memory * GB)
-    settings = _settings(arguments, memory=memory, max_waiting=arguments.max_waiting)
+    settings = engine_settings(arguments, memory=memory, max_waiting=arguments.max_waiting)
     with _listen(arguments.host, arguments.port) as listening:
         engine = Engine.load(
             arguments.path,

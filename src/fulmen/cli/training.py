@@ -32,6 +32,7 @@ def add(verbs) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from fulmen.parallel import is_first_rank
     from fulmen.train import TrainingDivergedError, train
 
     recipe, build = load_task(arguments.recipe, arguments.set)
@@ -41,7 +42,9 @@ def _train(arguments: argparse.Namespace) -> int:
             recipe, folder, build=build, resume=arguments.resume, report=functools.partial(print, flush=True)
         )
     except TrainingDivergedError as error:
-        return fail(str(error), 1)
+        return fail(str(error), 1) if is_first_rank() else 1
+    if not is_first_rank():
+        return 0
     if result.checkpoint is None:
         return stopped(["train"], folder, f"step {result.step} of {recipe.schedule.steps}", result.stopped_by)
     print(f"checkpoint: {result.checkpoint}\nloss plot:  {folder / 'plots' / 'loss.png'}")

@@ -1,8 +1,8 @@
 """Snapshots that a run resumes from: tensors in safetensors, the rest in JSON, whole or not there at all.
 
-    snapshots/step-00000200/tensors.safetensors
+    snapshots/step-00000200/tensors.safetensors    or, of a run over several ranks, a folder `tensors` (fulmen.parallel)
                             state.json
-                            manifest.json          sizes and BLAKE2b checksums of the two
+                            manifest.json          sizes and BLAKE2b checksums of all files
     snapshots/.draft-200                           being written; becomes step-00000200 by one rename
     snapshots/.replaced-200                        the former step-00000200, until the new one has its name
     snapshots/.pruned-100                          being deleted
@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 from fulmen.config import UserError
 from fulmen.run.files import lock_file, sync, sync_folder
 
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+TENSORS, SHARDS, STATE, MANIFEST = "tensors.safetensors", "tensors", "state.json", "manifest.json"
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -62,7 +63,13 @@ class Snapshot:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, on the CPU, with the shapes, dtypes and bits that they were saved with."""
-        return load_file(self.path / TENSORS)
+        return load_file(self.path / TENSORS) if self.shards is None else _read_shards(self.shards)
+
+    @property
+    def shards(self) -> Path | None:
+        """The folder of a distributed checkpoint, if that is what the tensors are in."""
+        folder = self.path / SHARDS
+        return folder if folder.is_dir() else None
 
 
 class SnapshotStore:
@@ -94,21 +101,37 @@ class SnapshotStore:
         way, all of later steps. Raises `SnapshotError` if the disk refuses; all earlier snapshots are then untouched.
         """
         header = _safetensors_header(tensors)
+        with self.writing(step, state, len(header) + sum(tensor.nbytes for tensor in tensors.values())) as draft:
+            _write_file(draft / TENSORS, _safetensors(header, tensors))
+        return self._path(step)
+
+    @contextlib.contextmanager
+    def writing(self, step: int, state: Mapping[str, Any], needed: int) -> Iterator[Path]:
+        """Give a new folder, which is the snapshot of `step` once the block has ended with its tensors in there.
+
+        As for `save`, which see for the rest. needed: bytes of the tensors, for the message if the disk refuses.
+        """
         state_json = json.dumps(state).encode()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked(wait=True):
                 self._clean_up()
                 try:
-                    self._write(step, {TENSORS: _safetensors(header, tensors), STATE: [state_json]})
+                    draft = self.draft(step)
+                    draft.mkdir()
+                    yield draft
+                    _write_file(draft / STATE, [state_json])
+                    self._publish(step)
                 except BaseException:
                     self._clean_up()
                     raise
                 self._prune(step)
         except OSError as error:
-            needed = len(header) + sum(tensor.nbytes for tensor in tensors.values()) + len(state_json)
-            raise self._save_error(step, needed, error) from error
-        return self._path(step)
+            raise self._save_error(step, needed + len(state_json), error) from error
+
+    def draft(self, step: int) -> Path:
+        """Where the snapshot of `step` lies while it is being written."""
+        return self.folder / f".draft-{step}"
 
     def latest(self) -> Snapshot | None:
         """Return the newest intact snapshot, None if there is none at all; `warnings` tells of damaged newer ones.
@@ -149,12 +172,13 @@ class SnapshotStore:
         with lock_file(self.folder / ".lock", wait=wait):
             yield
 
-    def _write(self, step: int, contents: Mapping[str, Iterable[bytes | memoryview]]) -> None:
-        draft, final = self.folder / f".draft-{step}", self._path(step)
-        draft.mkdir()
-        files = {name: _write_file(draft / name, chunks) for name, chunks in contents.items()}
+    def _publish(self, step: int) -> None:
+        """Let the draft become the snapshot, with its manifest."""
+        draft, final = self.draft(step), self._path(step)
+        files = {path.relative_to(draft).as_posix(): _measure(path) for path in draft.rglob("*") if path.is_file()}
         _write_file(draft / MANIFEST, [json.dumps({"step": step, "files": files}, indent=2).encode()])
-        sync_folder(draft)
+        for folder in (*(path for path in draft.rglob("*") if path.is_dir()), draft):
+            sync_folder(folder)
         # A folder cannot be renamed onto one that holds files.
         if final.exists():
             final.rename(self.folder / f".replaced-{step}")
@@ -226,16 +250,33 @@ def _in_file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
 
 
-def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write a durable file and return its fingerprint."""
-    digest, size = hashlib.blake2b(), 0
+def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a durable file."""
     with open(path, "xb") as file:
         for chunk in chunks:
             file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
         sync(file)
-    return {"bytes": size, "blake2b": digest.hexdigest()}
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    """A file's fingerprint."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()
+        return {"bytes": file.tell(), "blake2b": digest}
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a distributed checkpoint whole, on the CPU."""
+    # Imported only here, because it takes a second, and few runs have such snapshots.
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(folder)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of reading in a single process, which is the intent
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def _find_damage(path: Path, step: int) -> str | None:
@@ -244,14 +285,13 @@ def _find_damage(path: Path, step: int) -> str | None:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest["step"] != step:
             return f"{MANIFEST} is of another step"
-        for name in (TENSORS, STATE):
-            expected = manifest["files"][name]
-            with open(path / name, "rb") as file:
-                digest = hashlib.file_digest(file, "blake2b").hexdigest()
-                size = file.tell()
-            if size != expected["bytes"]:
-                return f"{name} has {size:,} bytes of {expected['bytes']:,}"
-            if digest != expected["blake2b"]:
+        if STATE not in manifest["files"] or len(manifest["files"]) < 2:
+            return f"{MANIFEST} names too few files"
+        for name, expected in manifest["files"].items():
+            found = _measure(path / name)
+            if found["bytes"] != expected["bytes"]:
+                return f"{name} has {found['bytes']:,} bytes of {expected['bytes']:,}"
+            if found["blake2b"] != expected["blake2b"]:
                 return f"{name} does not match its checksum"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from fulmen.checkpoint import save_model
+from fulmen.checkpoint.names import text_model
 from fulmen.config import UserError
 from fulmen.data import Batch, Document, PackedLoader, Tokenizer, held_out_batches, read_documents, split
 from fulmen.data.documents import Corpus
 from fulmen.model import LanguageModel, VisionLanguageConfig, VisionLanguageModel
 from fulmen.model.decoder import TrainingLoss
+from fulmen.parallel import World
 from fulmen.train.models import (
     TOKENIZER,
     choose_config,
@@ -46,11 +48,13 @@ class LanguageObjective:
         recipe: TrainRecipe,
         device: torch.device,
         held_out: Mapping[str, Sequence[Batch]] | None = None,
+        world: World | None = None,
     ):
-        """held_out: what is evaluated, by the beginning of its metrics' names.
+        """held_out: what is evaluated, by the beginning of its metrics' names. world: who trains it together.
 
         Raises UserError where a part of it has no text to predict.
         """
+        self.world = world or World()
         self.model, self.loader, self.tokenizer, self.recipe = model, loader, tokenizer, recipe
         self.device, self.held_out = device, held_out or {}
         self.dtype = choose_dtype(recipe.train.precision, device)
@@ -62,10 +66,13 @@ class LanguageObjective:
             compile_layers(model)
 
     def next_batches(self, seen: int) -> list[Batch]:
-        """The next batch in micro batches of at most `micro_batch_tokens`."""
+        """The next batch in micro batches of at most `micro_batch_tokens`, by default one for each replica.
+
+        They are the same on every rank, so that a run may go on over other ranks.
+        """
         schedule = self.recipe.schedule
         left = batch_tokens(schedule, seen)
-        micro = schedule.micro_batch_tokens or left
+        micro = schedule.micro_batch_tokens or -(-left // self.world.replicas)
         batches = []
         while left > 0:
             batches.append(self.loader.next_batch(min(micro, left)))
@@ -82,18 +89,19 @@ class LanguageObjective:
         # A row may hold nothing that counts, such as a part of an image.
         targets = max(1, sum((batch.targets >= 0).sum().item() for batch in batches))
         loss, balance = 0.0, 0.0
-        for batch in batches:
+        for batch, counts in self.world.share(batches):
             part = self._loss(
                 batch,
                 capacity_factor=settings.capacity_factor or None,
                 checkpoint_layers=settings.checkpoint_layers,
             )
-            total = part.nll / targets + settings.balance * part.balance / len(batches)
+            total = counts * (part.nll / targets + settings.balance * part.balance / len(batches))
             # With a frozen text model a row without an image has nothing to train.
             if total.requires_grad:
                 total.backward()
-            loss += part.nll.item() / targets
-            balance += part.balance.item() / len(batches)
+            loss += counts * part.nll.item() / targets
+            balance += counts * part.balance.item() / len(batches)
+        loss, balance = self.world.sum(loss, balance)
         metrics = {"loss": loss, "balance": balance, "epoch": self.loader.epoch}
         return metrics | (routing_metrics(part.routing) if step % settings.routing_every == 0 else {})
 
@@ -102,10 +110,11 @@ class LanguageObjective:
         metrics = {}
         for name, batches in self.held_out.items():
             nll, targets = 0.0, 0
-            for batch in batches:
+            for batch, counts in self.world.share(batches):
                 loss = self._loss(batch)
-                nll += loss.nll.item()
-                targets += loss.targets.item()
+                nll += counts * loss.nll.item()
+                targets += counts * loss.targets.item()
+            nll, targets = self.world.sum(nll, targets)
             metrics[f"{name}_loss"] = nll / targets
             metrics[f"{name}_bits_per_byte"] = nll / math.log(2) / sum(map(self._num_bytes, batches))
         return metrics
@@ -124,14 +133,16 @@ class LanguageObjective:
 
     def export(self, checkpoint: Path) -> None:
         """Write the model with its tokenizer."""
-        save_model(self.model, checkpoint, dialect=self.recipe.export.dialect, tokenizer=self.tokenizer)
+        if (model := self.world.whole(self.model)) is not None:
+            save_model(model, checkpoint, dialect=self.recipe.export.dialect, tokenizer=self.tokenizer)
 
     def _loss(self, batch: Batch, **arguments: Any) -> TrainingLoss:
         if isinstance(self.model, VisionLanguageModel):
             arguments["images"] = batch.images
-        tokens, targets = (tensor.to(self.device, non_blocking=True) for tensor in (batch.tokens, batch.targets))
+        part = self.world.slice(batch, text_model(self.model).config)
+        tokens, targets = (tensor.to(self.device, non_blocking=True) for tensor in (part.tokens, part.targets))
         with autocast(self.device, self.dtype):
-            return self.model.loss(tokens, targets, cu_seqlens=batch.cu_seqlens, **arguments)
+            return self.model.loss(tokens, targets, **part.arguments, **arguments)
 
     def _num_bytes(self, batch: Batch) -> int:
         """That the targets spell."""
@@ -161,7 +172,7 @@ def build(recipe: TrainRecipe, place: Place) -> LanguageObjective:
         if len(documents)
     }
     model = make_model(recipe, config, place)
-    objective = LanguageObjective(model, loader, tokenizer, recipe, place.device, evaluations)
+    objective = LanguageObjective(model, loader, tokenizer, recipe, place.device, evaluations, place.world)
     report_model(model, objective.dtype, place)
     return objective
 

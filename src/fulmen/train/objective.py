@@ -1,12 +1,14 @@
 """What a run trains for. One `Trainer` and one `train` serve every objective; none of them knows what a batch is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+
+from fulmen.parallel import World
 
 
 class Headline(NamedTuple):
@@ -63,6 +65,7 @@ class Place:
     device: torch.device
     fresh: bool  # False: the run goes on, its weights come from a snapshot and what `keep` wrote is there
     report: Callable[[str], None]  # told, a line at a time, what is prepared
+    world: World = field(default_factory=World)  # the ranks that train together
 
 
 Builder = Callable[[Any, Place], Objective]

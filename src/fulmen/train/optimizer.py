@@ -1,21 +1,33 @@
 """AdamW over two groups, and its state by parameter name, which is how snapshots keep it."""
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from fulmen.parallel.gradients import by_mesh
 from fulmen.train.recipe import OptimizerSection
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSection) -> AdamW:
     """AdamW with weight decay on matrices (embedding and head included) and none on the norms' vectors."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": group, "weight_decay": decay}
+        for parameters, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
+        for group in by_mesh(parameters)
     ]
     betas = (settings.beta1, settings.beta2)
     return AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.eps, fused=True)
+
+
+def begin_state(optimizer: AdamW) -> None:
+    """Make the state that the first step would make, so that a snapshot can fill it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": step, **moments}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
@@ -26,13 +38,3 @@ def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-
-
-def load_optimizer_tensors(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
-    parameters = dict(model.named_parameters())
-    for full_name, value in tensors.items():
-        name, key = full_name.rsplit(":", 1)
-        parameter = parameters[name]
-        # The step counter stays where fused AdamW keeps it: on the parameter's device, in fp32.
-        optimizer.state[parameter][key] = value.to(parameter.device).clone()

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from fulmen.model import ModelConfig
+from fulmen.parallel import MeshSizes
 
 # `preset` names a size or, with `init_from`, is left out; any field of ModelConfig beside it changes that field.
 ModelSection = dataclasses.make_dataclass(
@@ -177,6 +178,7 @@ class TrainRecipe:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: TokenScheduleSection
     train: TrainSection = field(default_factory=TrainSection)
+    mesh: MeshSizes = field(default_factory=MeshSizes)
     export: ExportSection = field(default_factory=ExportSection)
 
 
@@ -196,11 +198,12 @@ FREE = (
 def fixed_keys(recipe: type) -> dict[str, tuple[str, ...]]:
     """Keys that a run keeps from its beginning to its end, by section: what decides which numbers come out.
 
-    How long it goes on ([schedule]) and what its checkpoint looks like ([export]) may change, and of [train] `FREE`.
+    How long it goes on ([schedule]), on how many ranks ([mesh]) and what its checkpoint looks like ([export]) may
+    change, and of [train] `FREE`.
     """
     sections = {f.name: f.type for f in dataclasses.fields(recipe) if dataclasses.is_dataclass(f.type)}
     return {
         name: tuple(f.name for f in dataclasses.fields(section) if (name, f.name) not in {("train", k) for k in FREE})
         for name, section in sections.items()
-        if name not in ("schedule", "export")
+        if name not in ("schedule", "mesh", "export")
     }

@@ -1,7 +1,8 @@
 """A training run from recipe to checkpoint: what it reads, what it leaves in its folder, how it stops and resumes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from fulmen.config import UserError, dump_recipe, load_recipe, recipe_key
 from fulmen.model import choose_device
+from fulmen.parallel import MeshSizes, World, joined
+from fulmen.parallel.snapshot import ShardedSnapshots, WholeSnapshots
 from fulmen.run import (
     MetricsLog,
     Progress,
@@ -47,8 +50,10 @@ class _Session:
 
     trainer: Trainer
     store: SnapshotStore
+    snapshots: WholeSnapshots | ShardedSnapshots  # into `store`
     log: MetricsLog
     progress: Progress
+    world: World
 
 
 def train(
@@ -69,37 +74,69 @@ def train(
         UserError: anything the user can mend: the recipe, the data, a folder in use or already used, a full disk.
         TrainingDivergedError: a loss that is not finite; the message names the last good snapshot.
     """
-    with RunDirectory(path) as directory, only_if_begun(directory):
+    device = choose_device(recipe.train.device)
+    with joined(getattr(recipe, "mesh", MeshSizes()), device) as world, _entered(path, world) as directory:
         store = SnapshotStore(directory.snapshots, keep=recipe.train.keep_snapshots)
-        snapshot = _choose_snapshot(directory, store, recipe, resume)
-        trainer = _prepare(recipe, build, directory.path, fresh=snapshot is None, report=report)
-        objective = trainer.objective
-        if snapshot is None:
-            objective.keep(directory.path)
-        else:
-            trainer.restore(snapshot.tensors(), snapshot.state)
-        # From here on the run has begun.
-        write_atomic(directory.recipe, dump_recipe(recipe))
-        with (
-            MetricsLog(directory, resume_step=None if snapshot is None else snapshot.step) as log,
-            Progress("train", recipe.schedule.steps, done=trainer.step) as progress,
-            StopRequest() as stop,
-        ):
+        snapshot = world.from_first(lambda: _choose_snapshot(directory, store, recipe, resume))
+        told = report if world.is_first else _Silent().report
+        place = Place(folder=directory.path, device=device, fresh=snapshot is None, report=told, world=world)
+        trainer = _prepare(recipe, build, place)
+        objective, snapshots = trainer.objective, world.snapshots(store)
+        if snapshot is not None:
+            trainer.restore(snapshot.state, lambda tensors: snapshots.restore(snapshot, tensors))
+        with ExitStack() as stack:
+            log, progress = _Silent(), _Silent()
+            if world.is_first:
+                if snapshot is None:
+                    objective.keep(directory.path)
+                # From here on the run has begun.
+                write_atomic(directory.recipe, dump_recipe(recipe))
+                resumed = None if snapshot is None else snapshot.step
+                log = stack.enter_context(MetricsLog(directory, resume_step=resumed))
+                progress = stack.enter_context(Progress("train", recipe.schedule.steps, done=trainer.step))
+            stop = stack.enter_context(StopRequest())
             for warning in store.warnings:
                 progress.print(f"warning: {warning}")
-            _loop(_Session(trainer=trainer, store=store, log=log, progress=progress), stop)
-        plot_run(directory, objective.unit)
+            session = _Session(
+                trainer=trainer, store=store, snapshots=snapshots, log=log, progress=progress, world=world
+            )
+            _loop(session, stop)
+            snapshots.settle()
         checkpoint = None
         if trainer.step == recipe.schedule.steps:
             checkpoint = directory.path / "checkpoint"
             objective.export(checkpoint)
+        if world.is_first:
+            plot_run(directory, objective.unit)
         return RunResult(
             step=trainer.step,
             checkpoint=checkpoint,
-            held_out=_held_out_curve(directory, objective.headline.metric),
+            held_out=_held_out_curve(directory, objective.headline.metric) if world.is_first else [],
             # A signal in the last step stops nothing.
             stopped_by=stop.requested if checkpoint is None else None,
         )
+
+
+@contextmanager
+def _entered(path: Path, world: World) -> Iterator[RunDirectory]:
+    """The run's folder, which the first rank holds for all."""
+    directory = RunDirectory(path)
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            if world.is_first:
+                stack.enter_context(directory)
+                stack.enter_context(only_if_begun(directory))
+
+        world.together(enter)
+        yield directory
+
+
+class _Silent:
+    """In place of what the first rank alone writes: every call does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **values: None
 
 
 def plot_run(directory: RunDirectory, unit: str) -> None:
@@ -144,13 +181,15 @@ def _check_same_run(kept: Path, now: Any, path: Path) -> None:
             check(f"{section}.{key}", *(getattr(getattr(recipe, section), key) for recipe in (before, now)))
 
 
-def _prepare(recipe: Any, build: Builder, folder: Path, *, fresh: bool, report: Callable[[str], None]) -> Trainer:
+def _prepare(recipe: Any, build: Builder, place: Place) -> Trainer:
     """A trainer ready for step 0; nothing is written."""
     torch.manual_seed(recipe.train.seed)
-    device = choose_device(recipe.train.device)
     keep_freed_memory()
-    objective = build(recipe, Place(folder=folder, device=device, fresh=fresh, report=report))
-    return Trainer(objective, recipe, device)
+    objective = place.world.together(lambda: build(recipe, place))
+    place.world.check_same("recipe", dump_recipe(recipe))
+    place.world.check_same("place in its data", objective.state_dict())
+    place.world.shard(objective.model)
+    return Trainer(objective, recipe, place.device)
 
 
 def _loop(session: _Session, stop: StopRequest) -> None:
@@ -166,10 +205,10 @@ def _loop(session: _Session, stop: StopRequest) -> None:
         if last or (settings.evaluate_every and trainer.step % settings.evaluate_every == 0):
             _evaluate(session)
         # Asked once, so that a signal cannot come between the snapshot and the end.
-        last = last or stop.requested is not None
+        last = last or session.world.any(stop.requested is not None)
         if last or trainer.step % settings.snapshot_every == 0:
             session.log.flush()
-            session.store.save(trainer.step, trainer.tensors(), trainer.state())
+            session.snapshots.save(trainer.step, trainer.tensors(), trainer.state())
 
 
 def _train_step(session: _Session) -> None:

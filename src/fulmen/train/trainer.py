@@ -1,13 +1,15 @@
 """The training loop's state and its one step. Rank-free; files are the run's business, batches the objective's."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fulmen.parallel.gradients import clip_gradients, total_norm
 from fulmen.train.objective import Objective
-from fulmen.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from fulmen.train.optimizer import begin_state, make_optimizer, optimizer_tensors
 from fulmen.train.schedule import learning_rate_factor
 
 
@@ -40,11 +42,11 @@ class Trainer:
         batches = self.objective.next_batches(self.seen)
         metrics = self.objective.backward(batches, self.step + 1)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        grad_norm = total_norm(parameters)
         # Asked before clipping, which would spread a nan over all gradients.
         if not (math.isfinite(metrics["loss"]) and grad_norm.isfinite()):
             raise TrainingDivergedError(self._divergence(metrics, grad_norm.item(), learning_rate))
-        torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, grad_norm)
+        clip_gradients(parameters, settings.clip, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -75,18 +77,16 @@ class Trainer:
         """Counters and the place in the data, as JSON holds them; named as in the first runs, of text alone."""
         return {"step": self.step, "tokens_seen": self.seen, "loader": self.objective.state_dict()}
 
-    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go on from what `tensors()` and `state()` gave."""
+    def restore(self, state: Mapping[str, Any], fill: Callable[[dict[str, Tensor]], None]) -> None:
+        """Go on from what `state()` and `tensors()` gave; `fill` fills tensors of those names."""
         self.objective.load_state_dict(state["loader"])
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
-        for name, tensor in tensors.items():
-            group, rest = name.split(".", 1)
-            groups[group][rest] = tensor
-        self.model.load_state_dict(groups["model"])
-        load_optimizer_tensors(self.model, self.optimizer, groups["optimizer"])
-        torch.set_rng_state(groups["rng"]["cpu"])
-        if "cuda" in groups["rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(groups["rng"]["cuda"], self.device)
+        if state["step"] > 0:
+            begin_state(self.optimizer)
+        tensors = self.tensors()
+        fill(tensors)
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self.step, self.seen = state["step"], state["tokens_seen"]
 
     def _divergence(self, metrics: dict[str, Any], grad_norm: float, learning_rate: float) -> str:

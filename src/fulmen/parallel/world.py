@@ -1,0 +1,181 @@
+"""This process among the ranks that train one model. Alone it is the whole world, and every method costs nothing."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fulmen.config import UserError
+from fulmen.data import Batch
+from fulmen.model import LanguageModel
+from fulmen.model.cache import SequenceCache
+from fulmen.model.config import ModelConfig
+from fulmen.parallel.apply import parallelize
+from fulmen.parallel.context import SliceContext
+from fulmen.parallel.cut import Cut
+from fulmen.parallel.mesh import Mesh, MeshSizes
+from fulmen.parallel.snapshot import ShardedSnapshots, WholeSnapshots
+from fulmen.run import SnapshotStore
+
+T = TypeVar("T")
+
+
+class SharedError(UserError):
+    """One that all ranks raise, and that the first rank tells of for all of them."""
+
+    @property
+    def told_by_first(self) -> bool:
+        """Whether that is another rank than this."""
+        return not is_first_rank()
+
+
+def is_first_rank() -> bool:
+    """Whether this process tells people what all have done: the first that torchrun has started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+TIMEOUT = timedelta(minutes=10)
+"""That a collective may wait for a rank."""
+
+
+class Slice(NamedTuple):
+    """What one rank computes of a packed row, as `LanguageModel.loss` takes it."""
+
+    tokens: Tensor  # [1, T_r]
+    targets: Tensor  # [1, T_r]
+    arguments: dict[str, SequenceCache | Tensor]  # `cache`, or `cu_seqlens` where the row is whole
+
+
+class World:
+    """The ranks of a mesh; None is this process alone."""
+
+    def __init__(self, mesh: Mesh | None = None):
+        self._mesh = mesh
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self._mesh is None or dist.get_rank() == 0
+
+    @property
+    def replicas(self) -> int:
+        """How many rows are computed at the same time."""
+        return 1 if self._mesh is None else self._mesh.sizes.dp
+
+    def shard(self, model: nn.Module) -> None:
+        """Spread a model, the same on every rank, over them all (`parallelize`)."""
+        if self._mesh is not None:
+            parallelize(model, self._mesh)
+
+    def share(self, rows: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """This rank's part of the rows, which are dealt out to the replicas in turn, and whether each counts.
+
+        All ranks get as many, since all compute every layer together: where rows are missing, one that does not count.
+        """
+        replica = 0 if self._mesh is None else self._mesh.rank("dp")
+        for start in range(0, len(rows), self.replicas):
+            mine = start + replica
+            yield rows[min(mine, len(rows) - 1)], mine < len(rows)
+
+    def slice(self, batch: Batch, config: ModelConfig) -> Slice:
+        """This rank's part of a row, which the ranks of a replica share."""
+        if self._mesh is None or self._mesh.sizes.cp == 1:
+            return Slice(batch.tokens, batch.targets, {"cu_seqlens": batch.cu_seqlens})
+        cut, rank = Cut.of(batch.cu_seqlens, self._mesh.sizes.cp), self._mesh.rank("cp")
+        context = SliceContext(config, cut, self._mesh.group("cp"))
+        return Slice(cut.take(batch.tokens, rank), cut.take(batch.targets, rank), {"cache": context})
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value's sum over all rows, of which every rank has computed its own part."""
+        if self._mesh is None:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        for axis in ("dp", "cp"):
+            dist.all_reduce(total, group=self._mesh.group(axis))
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return any(self._gather(flag))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()`, in which no rank waits for another; a UserError of any rank is raised on all of them."""
+        if self._mesh is None:
+            return work()
+        value, error = _tried(work)
+        for rank, message in enumerate(self._gather(error)):
+            if message is not None:
+                raise SharedError(message if rank == 0 else f"rank {rank}: {message}")
+        return value
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """`work()` of the first rank, on all; its UserError too. What it gives must be picklable."""
+        if self._mesh is None:
+            return work()
+        found = [_tried(work) if self.is_first else None]
+        dist.broadcast_object_list(found, src=0)
+        [(value, error)] = found
+        if error is not None:
+            raise SharedError(error)
+        return value
+
+    def whole(self, model: LanguageModel) -> LanguageModel | None:
+        """The model with all its weights, on the first rank; None elsewhere."""
+        if self._mesh is None:
+            return model
+        tensors = {name: parameter.full_tensor().cpu() for name, parameter in model.named_parameters()}
+        if not self.is_first:
+            return None
+        copy = LanguageModel(model.config)
+        copy.load_state_dict(tensors)
+        return copy
+
+    def snapshots(self, store: SnapshotStore) -> "WholeSnapshots | ShardedSnapshots":
+        """What saves into a run's store and restores from it."""
+        return WholeSnapshots(store) if self._mesh is None else ShardedSnapshots(store)
+
+    def check_same(self, what: str, value: Any) -> None:
+        """Raise UserError on all ranks, naming one, unless all of them have the same value."""
+        values = self._gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise SharedError(f"rank {rank} has another {what} than rank 0: {other!r}, not {values[0]!r}")
+
+    def _gather(self, value: T) -> list[T]:
+        if self._mesh is None:
+            return [value]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value)
+        return found
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """(what it gives, None), or (None, the text of its UserError)."""
+    try:
+        return work(), None
+    except UserError as error:
+        return None, str(error)
+
+
+@contextmanager
+def joined(sizes: MeshSizes, device: torch.device) -> Iterator[World]:
+    """The world that torchrun has started, or this process alone; raises UserError for a mesh of another size.
+
+    Processes that are joined already stay so.
+    """
+    if dist.is_initialized():
+        yield World(Mesh(sizes, device.type))
+    elif "RANK" not in os.environ:
+        sizes.fitted(1)
+        yield World()
+    else:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        try:
+            yield World(Mesh(sizes, device.type))
+        finally:
+            dist.destroy_process_group()

@@ -1,0 +1,106 @@
+"""Runs over ranks from recipe to checkpoint: going on over other ranks, what each rank tells, what is refused."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.parallel.ranks import run_ranks
+from tests.train.small import RECIPE, make_text
+
+from fulmen.checkpoint import load_model
+from fulmen.config import UserError, load_recipe
+from fulmen.run import read_metrics
+from fulmen.train import TrainRecipe, train
+
+SETTINGS = (
+    *("schedule.warmup=2", "schedule.decay=0", "schedule.batch_tokens=96", "schedule.micro_batch_tokens=48"),
+    *("train.capacity_factor=0", "train.balance=0", "train.evaluate_every=5", "train.snapshot_every=3"),
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "text.txt").write_text(make_text())
+    return tmp_path
+
+
+def run(folder: Path, name: str, steps: int, *settings: str, resume: bool = False):
+    """Lines that were told, and the run's result."""
+    os.chdir(folder)
+    recipe = load_recipe("recipe.toml", TrainRecipe, (*SETTINGS, f"schedule.steps={steps}", *settings))
+    lines: list[str] = []
+    return lines, train(recipe, folder / name, resume=resume, report=lines.append)
+
+
+def curve(folder, name):
+    lines = read_metrics(folder / name / "metrics.jsonl")
+    return [line["loss"] for line in lines if "loss" in line], [
+        line["held_out_loss"] for line in lines if "held_out_loss" in line
+    ]
+
+
+def test_a_run_goes_on_over_other_ranks_and_on_one(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    run(folder, "whole", 16)
+    run_ranks(2, run, folder, "parts", 5)
+    for ranks, steps, mesh in ((4, 9, ("mesh.cp=2",)), (1, 12, ()), (3, 16, ("mesh.dp=3",))):
+        arguments = (folder, "parts", steps, *mesh)
+        told = run_ranks(ranks, resumed, *arguments) if ranks > 1 else [run(*arguments, resume=True)[0]]
+        assert told[0]
+        assert not any(told[1:])
+    # An evaluation came at each end as well.
+    losses, held_out = curve(folder, "parts")
+    expected, expected_held_out = curve(folder, "whole")
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    assert held_out[-1] == pytest.approx(expected_held_out[-1], rel=1e-4)
+    models = [load_model(folder / name / "checkpoint") for name in ("whole", "parts")]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def resumed(*arguments):
+    return run(*arguments, resume=True)[0]
+
+
+def refused(folder, name, *settings):
+    """The error of this rank, which reads the text of its own."""
+    own = folder / f"of-{dist.get_rank()}"
+    with pytest.raises(UserError) as error:
+        run(own if own.exists() else folder, name, 3, *settings)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("mesh.cp=3",), "the mesh pp 1 x dp 1 x cp 3 x tp 1 is 3 ranks, and there are 4: change mesh.pp, mesh.dp, "),
+        (("mesh.ep=4", "mesh.etp=2"), "the mesh pp 1 x edp 1 x etp 2 x ep 4 is 8 ranks, and there are 4"),
+        (("data.sources=['none.txt']",), "no file matches 'none.txt'"),
+    ],
+)
+def test_what_no_rank_can_do_is_refused_by_all(folder, settings, message):
+    for told in run_ranks(4, refused, folder, "run", *settings):
+        assert told.startswith(message)
+    assert not (folder / "run").exists()
+
+
+def test_a_rank_with_other_data_is_named(folder):
+    for rank in range(3):
+        (folder / f"of-{rank}").mkdir()
+        (folder / f"of-{rank}" / "recipe.toml").write_text(RECIPE)
+        (folder / f"of-{rank}" / "text.txt").write_text(make_text() + "more" * (rank == 2))
+    for told in run_ranks(3, refused, folder, folder / "run"):
+        assert told.startswith("rank 2 has another place in its data than rank 0")
+    (folder / "of-1" / "text.txt").unlink()
+    for told in run_ranks(3, refused, folder, folder / "run"):
+        assert told.startswith("rank 1: no file matches 'text.txt'")
+    assert not (folder / "run").exists()
+
+
+def test_a_folder_in_use_is_refused_by_all(folder):
+    run_ranks(2, run, folder, "run", 3)
+    for told in run_ranks(2, refused, folder, "run"):
+        assert told.endswith("already holds a run: add --resume to go on, or choose another --dir")

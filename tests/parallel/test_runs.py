@@ -1,6 +1,11 @@
 """Runs over ranks from recipe to checkpoint: going on over other ranks, what each rank tells, what is refused."""
 
 import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -104,3 +109,39 @@ def test_a_folder_in_use_is_refused_by_all(folder):
     run_ranks(2, run, folder, "run", 3)
     for told in run_ranks(2, refused, folder, "run"):
         assert told.endswith("already holds a run: add --resume to go on, or choose another --dir")
+
+
+def start(folder, name, steps):
+    """torchrun with four ranks, which it begins again if one is lost."""
+    settings = [f"--set={setting}" for setting in (*SETTINGS, f"schedule.steps={steps}", "mesh.cp=2")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--max-restarts=1"]
+    command = [*launcher, "--standalone", "-m", "fulmen", "train", "recipe.toml", "--dir", name, *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ranks_of(launcher):
+    """The processes that torchrun has started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [int(pid) for pid in children.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes as Linux shows them")
+def test_a_lost_rank_costs_no_more_than_what_came_after_the_last_snapshot(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    run(folder, "whole", 40)
+    launcher = start(folder, "killed", 40)
+    metrics, deadline = folder / "killed" / "metrics.jsonl", time.monotonic() + 100
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 12):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(ranks_of(launcher)[2], signal.SIGKILL)
+    told, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, told
+    assert "restart 1: a rank was lost; going on from the last good snapshot in killed" in told
+    assert re.search(r"fulmen: error: rank [013] has lost another in step \d+: ", told)
+    assert "Traceback" not in told
+    assert len(re.findall("checkpoint: killed", told)) == 1
+    assert curve(folder, "killed")[0] == pytest.approx(curve(folder, "whole")[0], rel=1e-4)

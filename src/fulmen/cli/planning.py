@@ -18,10 +18,7 @@ def add(verbs) -> None:
         "plan",
         _plan,
         "print what a server or, with --train, training needs of some GPUs, without loading anything",
-        "fulmen plan minimax-text-01 --dtype int8 --devices 8 --memory 80 --max-context 1000000\n"
-        "  fulmen plan minimax-text-01 --dtype int8 --devices 8 --machine H800 --max-context 1000000\n"
-        "  fulmen plan minimax-text-01 --train --machine H800 --devices 256 --context 131072\n"
-        "  fulmen plan minimax-text-01 --train --machine H800,network=25 --devices 256 --mesh pp=8,cp=4,tp=2,ep=32",
+        "fulmen plan minimax-text-01 --dtype int8 --devices 8 --memory 80 --max-context 1000000",
     )
     parser.add_argument("model", help="a named size, a checkpoint's folder or a training run's")
     parser.add_argument("--devices", type=count, default=1, help="that share the model (default: 1)")
@@ -33,10 +30,11 @@ def add(verbs) -> None:
     dtypes = (*DTYPES, "int8")
     serving.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of weights (default: bfloat16)")
     memory_arguments(serving)
-    training = parser.add_argument_group("training")
+    text = "for example: fulmen plan minimax-text-01 --train --machine H800 --devices 256 --context 131072"
+    training = parser.add_argument_group("training", text)
     training.add_argument("--train", action="store_true", help="plan training instead of a server")
     training.add_argument("--context", type=count, default=8192, help="tokens of a sample (default: 8192)")
-    help_text = "of a step, whole samples (default: 16777216)"
+    help_text = "tokens of a step, whole samples (default: 16777216)"
     training.add_argument("--batch-tokens", type=count, default=2**24, help=help_text)
     help_text = (
         "sizes of its axes, as pp=4,cp=2,ep=8; what is left out is 1, dp and edp what remains (default: find one)"
@@ -71,29 +69,29 @@ def _machine(arguments: argparse.Namespace):
 
 
 def _plan_serving(arguments: argparse.Namespace) -> int:
+    from fulmen.parallel.plan import Serving
     from fulmen.serve import plan_memory
 
-    config, devices = model_config(arguments.model), arguments.devices
+    config, devices, dtype = model_config(arguments.model), arguments.devices, arguments.dtype
     machine = _machine(arguments) if arguments.machine else None
-    memory = arguments.memory if machine is None else machine.memory / GB
+    # First, as it may refuse.
+    spread = machine and Serving(model=config, machine=machine, devices=devices, dtype=dtype)
+    memory = machine.memory / GB if machine else arguments.memory
     settings = engine_settings(arguments)
     plan = plan_memory(
         config,
         settings,
         budget=round(devices * memory * arguments.share * GB),
-        weights=config.weight_bytes(arguments.dtype),
-        number_bytes=4 if arguments.dtype == "float32" else 2,
-        is_int8=arguments.dtype == "int8",
+        weights=config.weight_bytes(dtype),
+        number_bytes=4 if dtype == "float32" else 2,
+        is_int8=dtype == "int8",
         device="cuda",
     )
-    print(f"{devices} x {memory:g} GB, of which {arguments.share:.0%}; {arguments.dtype} weights")
+    print(f"{devices} x {memory:g} GB, of which {arguments.share:.0%}; {dtype} weights")
     print(plan.table())
-    if machine is not None:
-        from fulmen.parallel.plan import Serving
-
-        serving = Serving(model=config, machine=machine, devices=devices, dtype=arguments.dtype)
+    if spread:
         chunk = settings.on("cuda").chunk_tokens
-        print(f"\n{serving.table(context=plan.max_context, sequences=plan.slots, chunk=chunk)}")
+        print(f"\n{spread.table(context=plan.max_context, sequences=plan.slots, chunk=chunk)}")
     return 0
 
 

@@ -32,15 +32,18 @@ def add(verbs) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from fulmen.parallel import is_first_rank
+    from fulmen.parallel import LostRankError, is_first_rank, restarts
     from fulmen.train import TrainingDivergedError, train
 
     recipe, build = load_task(arguments.recipe, arguments.set)
     folder = arguments.dir or Path("runs") / Path(arguments.recipe).stem
+    if restarts() and is_first_rank():
+        print(f"restart {restarts()}: a rank was lost; going on from the last good snapshot in {folder}", flush=True)
+    resume = arguments.resume or restarts() > 0
     try:
-        result = train(
-            recipe, folder, build=build, resume=arguments.resume, report=functools.partial(print, flush=True)
-        )
+        result = train(recipe, folder, build=build, resume=resume, report=functools.partial(print, flush=True))
+    except LostRankError as error:
+        return fail(str(error), 1)
     except TrainingDivergedError as error:
         return fail(str(error), 1) if is_first_rank() else 1
     if not is_first_rank():

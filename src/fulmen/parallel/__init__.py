@@ -5,6 +5,6 @@ Ops, model and data know of no rank. What computes over several takes plain tens
 
 from fulmen.parallel.cut import Cut
 from fulmen.parallel.mesh import Mesh, MeshSizes
-from fulmen.parallel.world import SharedError, World, is_first_rank, joined
+from fulmen.parallel.world import LostRankError, SharedError, World, is_first_rank, joined, restarts
 
-__all__ = ["Cut", "Mesh", "MeshSizes", "SharedError", "World", "is_first_rank", "joined"]
+__all__ = ["Cut", "LostRankError", "Mesh", "MeshSizes", "SharedError", "World", "is_first_rank", "joined", "restarts"]

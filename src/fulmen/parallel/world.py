@@ -34,6 +34,10 @@ class SharedError(UserError):
         return not is_first_rank()
 
 
+class LostRankError(RuntimeError):
+    """A collective has failed, because another rank has ended or did not come for it."""
+
+
 def is_first_rank() -> bool:
     """Whether this process tells people what all have done: the first that torchrun has started, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -41,6 +45,11 @@ def is_first_rank() -> bool:
 
 TIMEOUT = timedelta(minutes=10)
 """That a collective may wait for a rank."""
+
+
+def restarts() -> int:
+    """How often torchrun has begun this run again, because a rank was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 class Slice(NamedTuple):
@@ -146,12 +155,35 @@ class World:
             if other != values[0]:
                 raise SharedError(f"rank {rank} has another {what} than rank 0: {other!r}, not {values[0]!r}")
 
+    @contextmanager
+    def naming_lost_ranks(self, where: Callable[[], str]) -> Iterator[None]:
+        """Raise LostRankError, which says where this rank is, for a collective that fails within the block."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._mesh is None or not _tells_of_a_lost_rank(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise LostRankError(f"rank {dist.get_rank()} has lost another in {where()}: {reason}") from None
+
     def _gather(self, value: T) -> list[T]:
         if self._mesh is None:
             return [value]
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, value)
         return found
+
+
+def _join(backend: str) -> None:
+    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # After a restart the store still has the addresses of before, and gloo would call them.
+    store = dist.PrefixStore(f"restart {restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective has failed, as NCCL and gloo say it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
@@ -174,7 +206,7 @@ def joined(sizes: MeshSizes, device: torch.device) -> Iterator[World]:
         sizes.fitted(1)
         yield World()
     else:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
             yield World(Mesh(sizes, device.type))
         finally:

@@ -100,8 +100,9 @@ def train(
             session = _Session(
                 trainer=trainer, store=store, snapshots=snapshots, log=log, progress=progress, world=world
             )
-            _loop(session, stop)
-            snapshots.settle()
+            with world.naming_lost_ranks(lambda: f"step {trainer.step + 1}"):
+                _loop(session, stop)
+                snapshots.settle()
         checkpoint = None
         if trainer.step == recipe.schedule.steps:
             checkpoint = directory.path / "checkpoint"

@@ -200,6 +200,16 @@ class TestArguments:
             ("plan tiny --memory 1 --devices 0", "argument --devices: must be an integer of at least 1, got '0'"),
             ("plan tiny --memory 1 --max-context 9000", "max_context 9000 exceeds the model's 8192 positions"),
             ("plan tiny --memory 0.01", "9.0 MB of memory are not enough for 34.4 MB of weights"),
+            ("plan tiny --memory 1 --context 512", "--context is of training: it needs --train"),
+            ("plan tiny --machine H100 --devices 3", "4 heads cannot be split over 3 devices"),
+            ("plan tiny --machine H101", "no machine named 'H101'; there are H100, H800"),
+            ("plan tiny --train", "the following arguments are required with --train: --machine"),
+            ("plan tiny --train --machine H100 --dtype int8", "--dtype is of serving: leave it out with --train"),
+            ("plan tiny --train --machine H100 --mesh 4", "--mesh is find, or sizes of pp, dp, cp, tp"),
+            ("plan tiny --train --machine H100 --mesh cp=x", "as pp=4,cp=2; got 'cp=x'"),
+            ("plan tiny --train --machine H100 --mesh tp=2", "tp 2 is 2 ranks, and there are 1: change mesh.pp"),
+            ("plan tiny --train --machine H100 --batch-tokens 100", "100 tokens are no multiple of 8192"),
+            ("plan tiny --train --machine H100 --memory 0.01", "on 1 GPUs fits into 9.0 MB: the least takes"),
             ("convert a b", "the following arguments are required: --dialect"),
             ("convert a b --dialect transformers", "there is no config.json in a: name the folder of a checkpoint"),
             ("make-tiny x --dialect new", "argument --dialect: invalid choice: 'new'"),
@@ -599,6 +609,32 @@ class TestCheckpoints:
         assert json.loads((folder / "copy/generation_config.json").read_text())["eos_token_id"] == 288
         greedy = ("-p", "keys", "--temperature", 0, "--max-tokens", 8)
         assert fulmen("generate", "copy", *greedy) == fulmen("generate", finished, *greedy)
+
+
+class TestPlan:
+    def test_serving_on_a_machine_says_what_each_gpu_holds(self, fulmen):
+        plan = ("plan", "minimax-text-01", "--dtype", "int8", "--devices", 8, "--max-context", 1_000_000)
+        code, divided, _ = fulmen(*plan, "--memory", 80)
+        assert (code, divided.splitlines()[0]) == (0, "8 x 80 GB, of which 90%; int8 weights")
+        code, out, _ = fulmen(*plan, "--machine", "H800")
+        assert (code, out[: len(divided)]) == (0, divided)
+        assert re.search(r"on each H800 +tp 8, ep 8, etp 1\n +weights +57.4 GB", out)
+        code, out, _ = fulmen(*plan, "--machine", "H800", "--memory", 96)
+        assert (code, out.splitlines()[0]) == (0, "8 x 96 GB, of which 90%; int8 weights")
+
+    def test_training(self, fulmen):
+        plan = ("plan", "tiny-vl", "--train", "--machine", "H800", "--devices", 8, "--batch-tokens", 2**17)
+        code, out, _ = fulmen(*plan, "--mesh", "pp=2,cp=2, ep=4")
+        assert code == 0
+        assert out.startswith("of the text model alone")
+        for part in (
+            r"mesh +pp 2 x dp 2 x cp 2 x tp 1\n",
+            r"of experts +pp 2 x edp 1 x etp 1 x ep 4\n",
+            "why this one",
+        ):
+            assert re.search(part, out), part
+        code, out, _ = fulmen(*plan, "--mesh", "cp=8", "--memory", 0.01)
+        assert (code, "does not fit: " in out) == (0, True)
 
 
 class TestServe:

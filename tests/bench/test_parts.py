@@ -59,7 +59,7 @@ class _Tick(torch.autograd.Function):
 
 def ticking(train, monkeypatch):
     """A model all of whose parts advance the clock, and its optimizer."""
-    from fulmen.model import decoder, moe
+    from fulmen.model import moe, vocabulary
 
     model, clock = LanguageModel(CONFIG), train.time
     lightning, softmax = model.layers
@@ -67,14 +67,14 @@ def ticking(train, monkeypatch):
     softmax.self_attn.o_proj = nn.Sequential(softmax.self_attn.o_proj, Tick(clock, SOFTMAX))
     for layer in model.layers:
         layer.input_layernorm = nn.Sequential(layer.input_layernorm, Tick(clock, NORM))
-    experts, loss, update = moe.experts_mlp, decoder.linear_cross_entropy, train.update
+    experts, loss, update = moe.experts_mlp, vocabulary.linear_cross_entropy, train.update
 
     def slow_update(*arguments):
         clock.now += UPDATE
         update(*arguments)
 
     monkeypatch.setattr(moe, "experts_mlp", lambda x, *rest, **named: Tick(clock, EXPERTS)(experts(x, *rest, **named)))
-    monkeypatch.setattr(decoder, "linear_cross_entropy", lambda *arguments: Tick(clock, HEAD)(loss(*arguments)))
+    monkeypatch.setattr(vocabulary, "linear_cross_entropy", lambda *arguments: Tick(clock, HEAD)(loss(*arguments)))
     monkeypatch.setattr(train, "update", slow_update)
     return model, torch.optim.AdamW(model.parameters())
 

@@ -14,14 +14,12 @@ from fulmen.model.cache import Cache, SequenceCache, check_positions
 from fulmen.model.config import ModelConfig
 from fulmen.model.layer import DecoderLayer
 from fulmen.model.lightning import LightningAttention
-from fulmen.model.linear import Linear
 from fulmen.model.moe import MixtureOfExperts
 from fulmen.model.norm import RMSNorm
 from fulmen.model.softmax import SoftmaxAttention
 from fulmen.model.step import decode_step
+from fulmen.model.vocabulary import Embedding, Head, Inserted
 from fulmen.ops.experts import Routing, balance_loss
-from fulmen.ops.linear import linear_f32, product_dtype
-from fulmen.ops.loss import IGNORE, linear_cross_entropy
 from fulmen.ops.packing import check_borders
 from fulmen.ops.rotary import rotary_tables
 
@@ -35,13 +33,6 @@ class TrainingLoss(NamedTuple):
     routing: list[Routing]  # of each layer
 
 
-class Inserted(NamedTuple):
-    """Vectors that stand in place of some tokens' embeddings."""
-
-    places: Tensor  # [N] int64, in the tokens [B, T] laid end to end
-    vectors: Tensor  # [N, hidden]
-
-
 class LanguageModel(nn.Module):
     """A MiniMax-01 text model of any size (arXiv:2501.08313, section 2).
 
@@ -52,10 +43,10 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         if not self.lm_head.weight.is_meta:
             self.init_weights()
 
@@ -107,7 +98,7 @@ class LanguageModel(nn.Module):
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()  # its layers look at the borders on the host; here a GPU is waited for once
         self._check(tokens, cache, cu_seqlens)
-        x, routings = self._embed(tokens, inserted), []
+        x, routings = self.embed_tokens(tokens, inserted), []
         if cache is not None and (decoded := decode_step(self, x, cache)):
             return decoded
         positions = _positions(tokens, cu_seqlens) if cache is None else cache.positions(tokens)
@@ -121,17 +112,9 @@ class LanguageModel(nn.Module):
             cache.advance(tokens.shape[1])
         return self.norm(x), routings
 
-    def _embed(self, tokens: Tensor, inserted: Inserted | None) -> Tensor:
-        """[B, T, hidden]; a GPU keeps what goes from layer to layer in autocast's dtype, and each sum of it in fp32."""
-        x = self.embed_tokens(tokens)
-        if inserted is not None:
-            vectors = inserted.vectors.to(x.dtype)
-            x = x.flatten(0, 1).index_copy(0, inserted.places, vectors).view_as(x)
-        return x.to(product_dtype(x)) if x.is_cuda else x
-
     def logits(self, hidden: Tensor) -> Tensor:
         """The head, in fp32 whatever the weights' dtype: [..., hidden] to [..., V]."""
-        return linear_f32(hidden, self.lm_head.weight)
+        return self.lm_head(hidden)
 
     def loss(
         self,
@@ -156,9 +139,9 @@ class LanguageModel(nn.Module):
             checkpoint_layers=checkpoint_layers,
             inserted=inserted,
         )
-        nll = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        nll, count = self.lm_head.nll(hidden, targets)
         balance = torch.stack([balance_loss(r) for r in routing]).mean()
-        return TrainingLoss(nll, (targets != IGNORE).sum(), balance, routing)
+        return TrainingLoss(nll, count, balance, routing)
 
     def _check(self, tokens: Tensor, cache: SequenceCache | None, cu_seqlens: Tensor | None) -> None:
         if cache is not None:

@@ -37,7 +37,13 @@ class DecoderLayer(nn.Module):
         capacity_factor: float | None = None,
     ) -> tuple[Tensor, Routing]:
         normed = self.input_layernorm(x)
-        position = () if self.is_lightning else (rotary,)
-        mixed = self.self_attn(normed, *position, cache=cache, cu_seqlens=cu_seqlens)
+        mixed = self.mix(normed, rotary, cache, cu_seqlens)
         normed = self.post_attention_layernorm(normed, branch=mixed, alpha=self.mixer_alpha, beta=self.mixer_beta)
         return self.block_sparse_moe(normed, capacity_factor, alpha=self.mlp_alpha, beta=self.mlp_beta)
+
+    def mix(
+        self, normed: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """What the attention makes of its normed input, the same shape: all in a layer that looks at other tokens."""
+        position = () if self.is_lightning else (rotary,)
+        return self.self_attn(normed, *position, cache=cache, cu_seqlens=cu_seqlens)

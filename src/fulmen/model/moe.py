@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fulmen.model.config import ModelConfig
 from fulmen.model.fp32 import KeepsFp32
 from fulmen.model.linear import Linear
-from fulmen.ops.experts import Routing, expert_capacity, experts_mlp, route
+from fulmen.ops.experts import Routing, experts_mlp, limit, route
 from fulmen.ops.int8 import Int8
 from fulmen.ops.linear import linear_f32
 
@@ -31,6 +31,14 @@ class Experts(KeepsFp32):
         if self.s13 is None:
             return self.w13, self.w2
         return Int8(self.w13, self.s13), Int8(self.w2, self.s2)
+
+    def limit(self, routing: Routing, factor: float) -> Routing:
+        """Let each expert take its capacity of the tokens' choices, see `fulmen.ops.experts.limit`."""
+        return limit(routing, factor)
+
+    def forward(self, x: Tensor, routing: Routing, *, alpha: float = 0.0, beta: float = 1.0) -> Tensor:
+        """alpha * x + beta * experts(x) of x [T, hidden], see `fulmen.ops.experts.experts_mlp`."""
+        return experts_mlp(x, *self.matrices, routing, alpha=alpha, beta=beta)
 
 
 class MixtureOfExperts(nn.Module):
@@ -57,10 +65,7 @@ class MixtureOfExperts(nn.Module):
         (training); without, nothing is.
         """
         flat = x.flatten(0, 1)
-        logits = linear_f32(flat, self.gate.weight)
-        k, capacity = self.experts_per_token, None
+        routing = route(linear_f32(flat, self.gate.weight), self.experts_per_token)
         if capacity_factor is not None:
-            capacity = expert_capacity(len(flat), logits.shape[1], k, capacity_factor)
-        routing = route(logits, k, capacity)
-        out = experts_mlp(flat, *self.experts.matrices, routing, alpha=alpha, beta=beta)
-        return out.view_as(x), routing
+            routing = self.experts.limit(routing, capacity_factor)
+        return self.experts(flat, routing, alpha=alpha, beta=beta).view_as(x), routing

@@ -19,8 +19,9 @@ from fulmen.config import UserError
 from fulmen.data.images import ImageLayout, PlacedImage, ProcessedImage, normalise
 from fulmen.model.cache import Cache, SequenceCache
 from fulmen.model.config import VisionConfig, VisionLanguageConfig
-from fulmen.model.decoder import Inserted, LanguageModel, TrainingLoss
+from fulmen.model.decoder import LanguageModel, TrainingLoss
 from fulmen.model.vision import VisionEncoder
+from fulmen.model.vocabulary import Inserted
 from fulmen.ops.experts import Routing
 
 CROPS_AT_ONCE = 8

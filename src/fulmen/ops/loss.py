@@ -1,5 +1,7 @@
 """Cross-entropy of a linear head, without ever holding all logits."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,14 @@ from fulmen.ops.linear import product_dtype
 IGNORE = -100
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk: int | None = None,
+    of_logits: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], a fp32 scalar.
 
     Args:
@@ -21,6 +30,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
         targets: [T] int64; `IGNORE` (-100) marks a token without a target, which adds nothing.
         chunk: tokens whose logits exist at the same time, so the peak is chunk * V instead of T * V. None: 512, on a
             GPU 4096.
+        of_logits: what gives, in the place of the softmax, the sum and its gradient by the logits, in their dtype, of
+            logits [t, V] of some tokens and their targets [t].
 
     Products run in the autocast dtype where autocast is on, else in hidden's dtype; the softmax in fp32 always. The
     gradients are computed in the forward pass, chunk by chunk, where the logits are at hand.
@@ -30,12 +41,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
     """
     if chunk is None:
         chunk = 4096 if hidden.is_cuda else 512
-    return _LinearCrossEntropy.apply(hidden, weight, targets, product_dtype(hidden), chunk)
+    return _LinearCrossEntropy.apply(
+        hidden, weight, targets, product_dtype(hidden), chunk, of_logits or _nll_and_gradient
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, chunk: int, of_logits):
         with torch.autocast(hidden.device.type, enabled=False):
             want_hidden, want_weight = ctx.needs_input_grad[:2]
             operand = weight.to(dtype)
@@ -45,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
                 h_TD, target = hidden[part].to(dtype), targets[part]
-                nll, d_logits = _nll_and_gradient(F.linear(h_TD, operand), target)
+                nll, d_logits = of_logits(F.linear(h_TD, operand), target)
                 total += nll
                 if want_hidden:
                     d_hidden[part] = d_logits @ operand
@@ -61,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
         d_weight = None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

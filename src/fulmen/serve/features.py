@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fulmen.data import PlacedImage, ProcessedImage
 from fulmen.model import VisionLanguageModel
-from fulmen.model.decoder import Inserted
+from fulmen.model.vocabulary import Inserted
 from fulmen.serve import scheduler as policy
 
 

@@ -18,7 +18,7 @@ def routing_metrics(routing: list[Routing]) -> dict[str, float | list]:
     loads, dropped, entropies = [], [], []
     for layer in routing:
         num_experts = layer.probs.shape[1]
-        loads.append(layer.counts.float() * num_experts / layer.experts.numel())
+        loads.append(layer.counts.float() * num_experts / layer.counts.sum())
         dropped.append(torch.zeros(()) if layer.kept is None else 1 - layer.kept.float().mean().cpu())
         entropies.append(_entropy(layer.probs).mean() / math.log(max(num_experts, 2)))
     load = torch.stack(loads)

@@ -84,6 +84,16 @@ def test_no_capacity_at_all():
     assert all(x.eq(0).all() for x in actual.values())
 
 
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_no_tokens_at_all(capacity):
+    case = make(0, 4)
+    actual = results(by(experts_mlp), case, 2, capacity)
+    with torch.no_grad():
+        out = experts_mlp(*(case[name] for name in ("x", "w13", "w2")), route(case["logits"], 2, capacity))
+    assert out.shape == actual["out"].shape == actual["d_x"].shape == (0, WIDTH)
+    assert all(actual[name].shape == case[name[2:]].shape and actual[name].eq(0).all() for name in ("d_w13", "d_w2"))
+
+
 @pytest.mark.parametrize("capacity", [None, 60])
 @pytest.mark.parametrize("expert", range(4))
 def test_a_nan_stays_with_its_token(expert, capacity):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fulmen.ops.experts import Routing, balance_loss, expert_capacity, route
+from fulmen.ops.experts import Routing, balance_loss, expert_capacity, keep_first, limit, route
 
 
 def test_the_example_of_the_docstring():
@@ -72,6 +72,22 @@ def test_capacity_is_rounded_up(tokens, num_experts, k, factor, expected):
     assert expert_capacity(tokens, num_experts, k, factor) == expected
 
 
+def test_a_limit_is_the_capacity_of_the_tokens():
+    logits = torch.randn(50, 6) + torch.tensor([2.0, 1, 0, 0, 0, -1])
+    expected = route(logits, 2, expert_capacity(50, 6, 2, 1.1))
+    limited = limit(route(logits, 2), 1.1)
+    assert limited.kept.logical_not().any()
+    assert all(torch.equal(found, wanted) for found, wanted in zip(limited, expected, strict=True))
+
+
+def test_each_expert_may_have_its_own_room():
+    routing = route(torch.randn(50, 6), 2)
+    kept = keep_first(routing, torch.tensor([3, 0, -4, 100, 1, 7])).kept
+    for expert, room in enumerate((3, 0, 0, 100, 1, 7)):
+        mine = routing.experts == expert
+        assert torch.equal(kept[mine], torch.arange(int(mine.sum())) < room)
+
+
 def routing_of(probs, experts):
     probs, experts = torch.tensor(probs), torch.tensor(experts)
     counts = torch.bincount(experts.flatten(), minlength=probs.shape[1])
@@ -115,3 +131,11 @@ def test_descending_the_balance_loss_balances():
 def test_drops_do_not_change_the_counts_that_balance_sees():
     logits = torch.randn(30, 5)
     assert balance_loss(route(logits, 2, capacity=1)) == balance_loss(route(logits, 2))
+
+
+def test_shares_of_the_balance_loss_of_parts_add_up_to_that_of_the_whole():
+    logits = torch.randn(30, 5)
+    whole = route(logits, 2)
+    shares = [balance_loss(route(part, 2)._replace(counts=whole.counts)) for part in logits.split([4, 0, 26])]
+    torch.testing.assert_close(sum(shares), balance_loss(whole))
+    assert shares[1] == 0

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from fulmen.ops import gpu
 from fulmen.ops.experts.few import FEW, few_tokens_mlp
 from fulmen.ops.experts.routing import Routing
+from fulmen.ops.experts.rows import permute, sum_per_token
 from fulmen.ops.int8 import Int8, dense
 from fulmen.ops.linear import product_dtype
 from fulmen.ops.swiglu import swiglu, swiglu_backward
@@ -52,7 +53,7 @@ def experts_mlp(
         )
     if beta != 1:
         routing = routing._replace(weights=beta * routing.weights)
-    if device == "cpu" and len(x) <= FEW and routing.kept is None and not torch.is_grad_enabled():
+    if device == "cpu" and 0 < len(x) <= FEW and routing.kept is None and not torch.is_grad_enabled():
         if not isinstance(w13, Int8):
             w13, w2 = w13.to(dtype), w2.to(dtype)
         out = few_tokens_mlp(x.to(dtype), w13, w2, routing).to(x.dtype)
@@ -114,7 +115,7 @@ class _ExpertsMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, plan: Plan, alpha: float):
-        gate_up = F.grouped_mm(_permute(x, plan), w13.mT, offs=plan.ends)
+        gate_up = F.grouped_mm(permute(x, plan.tokens), w13.mT, offs=plan.ends)
         y_RD = F.grouped_mm(swiglu(gate_up), w2.mT, offs=plan.ends)
         ctx.save_for_backward(x, w13, w2, gate_up, *plan)
         ctx.alpha = alpha
@@ -125,13 +126,13 @@ class _ExpertsMLP(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):
         x, w13, w2, gate_up, *saved = ctx.saved_tensors
         plan = Plan(*saved)
-        d_y = _permute(d_out, plan)
+        d_y = permute(d_out, plan.tokens)
         # The weight's own gradient is (w2^T d_y) . act, so the answers y need not be kept.
         d_act = F.grouped_mm(d_y, w2, offs=plan.ends)
         d_gate_up, weighted_act, d_rows = swiglu_backward(d_act, gate_up, plan.weights)
         d_w2 = F.grouped_mm(d_y.T, weighted_act, offs=plan.ends)
-        d_w13 = F.grouped_mm(d_gate_up.T, _permute(x, plan), offs=plan.ends)
-        d_x = _sum_per_token(F.grouped_mm(d_gate_up, w13, offs=plan.ends), plan, d_out, ctx.alpha)
+        d_w13 = F.grouped_mm(d_gate_up.T, permute(x, plan.tokens), offs=plan.ends)
+        d_x = sum_per_token(F.grouped_mm(d_gate_up, w13, offs=plan.ends), plan.row_of, d_out, ctx.alpha)
         # A dropped choice has no row to read.
         padded = torch.cat((d_rows, d_rows.new_zeros(1)))
         d_weights = padded[torch.where(plan.row_of < 0, len(d_rows), plan.row_of)]
@@ -140,7 +141,7 @@ class _ExpertsMLP(torch.autograd.Function):
 
 def _experts_int8(x: Tensor, w13: Int8, w2: Int8, weights: Tensor, plan: Plan, alpha: float) -> Tensor:
     """The forward pass with one of the matrices at a time in x's dtype."""
-    gate_up = F.grouped_mm(_permute(x, plan), dense(w13, x.dtype).mT, offs=plan.ends)
+    gate_up = F.grouped_mm(permute(x, plan.tokens), dense(w13, x.dtype).mT, offs=plan.ends)
     return _mix(F.grouped_mm(swiglu(gate_up), dense(w2, x.dtype).mT, offs=plan.ends), x, weights, plan, alpha)
 
 
@@ -148,26 +149,4 @@ def _mix(y_RD: Tensor, x: Tensor, weights: Tensor, plan: Plan, alpha: float) -> 
     """The weighted sum of each token's rows, which may be overwritten; on a GPU alpha * x [T, D] as well."""
     if gpu.serves(y_RD):
         return gpu.experts.unpermute(y_RD, plan.row_of, weights, residual=x, alpha=alpha)
-    return _sum_per_token(y_RD.mul_(plan.weights), plan)
-
-
-def _permute(x: Tensor, plan: Plan) -> Tensor:
-    """Each row's token: [T, D] to [R, D]."""
-    return gpu.experts.permute(x, plan.tokens) if gpu.serves(x) else x.index_select(0, plan.tokens)
-
-
-def _sum_per_token(rows_RD: Tensor, plan: Plan, residual: Tensor | None = None, alpha: float = 0.0) -> Tensor:
-    """Sum the rows of each token's kept choices: [R, D] to [T, D]; on a GPU alpha * residual [T, D] as well."""
-    if gpu.serves(rows_RD):
-        return gpu.experts.unpermute(rows_RD, plan.row_of, residual=residual, alpha=alpha)
-    if len(rows_RD) == 0:
-        return rows_RD.new_zeros(len(plan.row_of), rows_RD.shape[1])
-    # A dropped choice reads some row and counts it as zero.
-    dropped = plan.row_of < 0
-    some_dropped, rows, total = bool(dropped.any()), plan.row_of.clamp(min=0), None
-    for slot in range(rows.shape[1]):
-        part = rows_RD.index_select(0, rows[:, slot])
-        if some_dropped:
-            part.masked_fill_(dropped[:, slot, None], 0)
-        total = part if total is None else total.add_(part)
-    return total
+    return sum_per_token(y_RD.mul_(plan.weights), plan.row_of)

@@ -35,27 +35,35 @@ def route(logits: Tensor, k: int, capacity: int | None = None) -> Routing:
     With a `capacity`, an expert keeps the choices of the tokens that come first and the rest is dropped (token-drop,
     for training): the residual passes such a token on. Without, nothing is dropped (inference).
     """
-    if capacity is None and k <= logits.shape[1] and cpu.serves(len(logits), logits):
+    if capacity is not None:
+        return keep_first(route(logits, k), capacity)
+    if k <= logits.shape[1] and cpu.serves(len(logits), logits):
         return Routing(*cpu.route(logits, k), kept=None)
     if k <= logits.shape[1] and gpu.serves(logits):
         experts, weights, probs = gpu.experts.route(logits, k)
-        counts = gpu.experts.count_choices(experts, logits.shape[1])
-    else:
-        probs = logits.float().softmax(dim=-1)
-        top, experts = probs.topk(k, dim=-1)
-        weights = top / top.sum(dim=-1, keepdim=True)
-        counts = torch.bincount(experts.flatten(), minlength=logits.shape[1])
-    kept = None if capacity is None else _within_capacity(experts, counts, capacity)
-    return Routing(experts, weights, probs, counts, kept)
+        return Routing(experts, weights, probs, gpu.experts.count_choices(experts, logits.shape[1]), kept=None)
+    probs = logits.float().softmax(dim=-1)
+    top, experts = probs.topk(k, dim=-1)
+    weights = top / top.sum(dim=-1, keepdim=True)
+    counts = torch.bincount(experts.flatten(), minlength=logits.shape[1])
+    return Routing(experts, weights, probs, counts, kept=None)
 
 
-def _within_capacity(experts: Tensor, counts: Tensor, capacity: int) -> Tensor:
-    flat = experts.flatten()
+def limit(routing: Routing, factor: float) -> Routing:
+    """Token-drop: an expert keeps ceil(factor * k * tokens / E) choices, those of the tokens that come first."""
+    tokens, k = routing.experts.shape
+    return keep_first(routing, expert_capacity(tokens, len(routing.counts), k, factor))
+
+
+def keep_first(routing: Routing, room: int | Tensor) -> Routing:
+    """Of each expert's choices keep so many, those of the tokens that come first; `room` may be of each expert [E]."""
+    flat, counts = routing.experts.flatten(), routing.counts
     by_expert = flat.argsort(stable=True)
     starts = counts.cumsum(0) - counts
     place = torch.empty_like(flat)
     place[by_expert] = torch.arange(len(flat), device=flat.device) - starts[flat[by_expert]]
-    return (place < capacity).view_as(experts)
+    most = room[flat] if isinstance(room, Tensor) else room
+    return routing._replace(kept=(place < most).view_as(routing.experts))
 
 
 def balance_loss(routing: Routing) -> Tensor:
@@ -63,7 +71,9 @@ def balance_loss(routing: Routing) -> Tensor:
 
     Our convention: f and m are both scaled by E, so perfect balance gives 1, and all tokens to the same k experts gives
     up to E / k. The gradient flows through m alone. Multiply by the recipe's coefficient (0.01 in the report).
+
+    `counts` may be those of more tokens than are here: it is then the share that these have in the loss of all.
     """
-    num_experts, choices = routing.probs.shape[1], routing.experts.numel()
-    fraction = routing.counts.float() * (num_experts / choices)
-    return (fraction * routing.probs.mean(dim=0)).sum()
+    choices, k = routing.counts.sum(), routing.experts.shape[1]
+    fraction = routing.counts.float() * (len(routing.counts) / choices)
+    return (fraction * routing.probs.sum(dim=0) / (choices / k)).sum()

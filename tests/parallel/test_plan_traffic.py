@@ -12,10 +12,9 @@ from fulmen.model import LanguageModel, ModelConfig
 from fulmen.parallel import Cut, Mesh, MeshSizes
 from fulmen.parallel.apply import parallelize
 from fulmen.parallel.context import SliceContext
-from fulmen.parallel.moe import spread_experts
 from fulmen.parallel.plan import Job, Placement
 from fulmen.parallel.plan.traffic import step_traffic
-from fulmen.parallel.tensor import finish_gradients, shard_tensors
+from fulmen.parallel.tensor import finish_gradients
 
 CONFIG = ModelConfig(
     vocab_size=48,
@@ -63,9 +62,7 @@ def step_on_a_rank(sizes, options):
     """A step of one row of 64 tokens, of equal samples, for each replica; what is counted."""
     torch.manual_seed(0)
     mesh, model = Mesh(sizes, "cpu"), LanguageModel(CONFIG)
-    shard_tensors(model, mesh)
-    spread_experts(model, mesh, groups=options.get("groups", 1))
-    parallelize(model, mesh)
+    parallelize(model, mesh, token_groups=options.get("groups", 1))
     borders = tuple(range(0, 65, 64 // options.get("samples", 1)))
     cut = Cut(borders, mesh.sizes.cp, options.get("balanced", False) and mesh.sizes.cp > 1)
     row = torch.randint(0, CONFIG.vocab_size, (1, 64))

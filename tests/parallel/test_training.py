@@ -1,5 +1,7 @@
 """Twenty steps of training over ranks against the same on one process: every loss and every parameter."""
 
+import math
+
 import pytest
 import torch
 from tests.parallel.ranks import run_ranks
@@ -11,7 +13,7 @@ from fulmen.parallel import Mesh, MeshSizes, World
 
 STEPS = 20
 # Rows of fixed sizes, so that they are the same on any mesh; three of them do not divide among replicas.
-SETTINGS = ("schedule.batch_tokens=111", "schedule.micro_batch_tokens=37", "train.capacity_factor=0", "train.balance=0")
+SETTINGS = ("schedule.batch_tokens=111", "schedule.micro_batch_tokens=37", "train.capacity_factor=0")
 
 
 def trained(folder, sizes):
@@ -40,11 +42,25 @@ def alone(folder):
 
 
 @pytest.mark.parametrize(
-    ("world", "sizes"), [(2, {"dp": 2}), (4, {"cp": 4}), (4, {"dp": 2, "cp": 2})], ids=["dp", "cp", "dp x cp"]
+    "sizes",
+    [
+        {"dp": 2},
+        {"dp": 3},
+        {"cp": 4},
+        {"tp": 2},
+        {"dp": 4, "ep": 4},
+        {"dp": 2, "etp": 2},
+        {"dp": 4, "ep": 2, "etp": 2},
+        {"cp": 2, "ep": 2},
+        {"dp": 2, "cp": 2, "tp": 2, "ep": 4},
+        {"dp": 2, "cp": 4, "ep": 2, "etp": 2},
+    ],
+    ids=lambda sizes: " x ".join(f"{name} {size}" for name, size in sizes.items()),
 )
-def test_training_over_ranks_is_training(folder, alone, world, sizes):
+def test_training_over_ranks_is_training(folder, alone, sizes):
     curve, parameters = alone
+    world = math.prod(size for name, size in sizes.items() if name in ("dp", "cp", "tp"))
     for found_curve, found in run_ranks(world, trained, folder, MeshSizes(**sizes)):
         torch.testing.assert_close(torch.tensor(found_curve), torch.tensor(curve), rtol=1e-4, atol=1e-4)
         for name, expected in parameters.items():
-            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4, msg=name)
+            torch.testing.assert_close(found[name].reshape(expected.shape), expected, rtol=1e-4, atol=1e-4, msg=name)

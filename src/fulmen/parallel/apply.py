@@ -5,30 +5,59 @@ import warnings
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
 
+from fulmen.config import UserError
 from fulmen.model import LanguageModel
 from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.moe import spread_experts
+from fulmen.parallel.tensor import shard_tensors
 
 
-def parallelize(model: LanguageModel, mesh: Mesh) -> None:
+def parallelize(model: LanguageModel, mesh: Mesh, *, token_groups: int = 1, global_router: bool = True) -> None:
     """Spread a model, the same on every rank, over all ranks of the mesh, in place.
 
-    FSDP2 comes last: it shards whatever a rank then holds, an expert's matrices over the experts' replicas (edp), all
-    else over dp x cp, layer by layer, so that no rank ever holds more than one layer's weights whole. Gradients are
-    sums over ranks, since each rank computes its share of one loss.
+    1. Tensor parallelism cuts heads and vocabulary while every weight is still whole.
+    2. Experts are cut by number and width; they are no part of what comes before.
+    3. FSDP2 shards whatever a rank then holds: experts over their replicas (edp), all else over dp x cp, layer by
+       layer, so that no rank ever holds more than one layer's weights whole.
+
+    Gradients are sums over ranks, since each computes its share of one loss. token_groups: in which tokens travel to
+    experts, one while another is computed. global_router: with a capacity, one for the tokens of all ranks together.
+    Raises UserError for a model that cannot be cut so.
     """
-    dense = mesh.dense["dp", "cp"]._flatten("dp_cp")
+    if not isinstance(model, LanguageModel):
+        raise UserError("a model that sees trains on one rank: leave [mesh] out")
+    shard_tensors(model, mesh)
+    router = mesh.dense["dp", "cp", "tp"]._flatten("tokens").get_group() if global_router else None
+    spread_experts(model, mesh, groups=token_groups, router=router)
+    dense, replicas = mesh.dense["dp", "cp"]._flatten("dp_cp"), mesh.experts["edp"]
+    dims = _expert_dims(model, mesh)
     for layer in model.layers:
-        _shard(layer.block_sparse_moe.experts, mesh.experts["edp"])
+        _shard(layer.block_sparse_moe.experts, replicas, dims)
         _shard(layer, dense)
     _shard(model, dense)
     register_fsdp_forward_method(model, "loss")
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
+def _expert_dims(model: LanguageModel, mesh: Mesh) -> dict[int, int]:
+    """By its number of dims, along which dim FSDP shards w13 [E, 2, F, D] or w2 [E, D, F]: one that is not cut yet."""
+    sizes = mesh.sizes
+    if sizes.ep == sizes.etp == 1:
+        return {4: 0, 3: 0}
+    if model.config.hidden_size % sizes.edp:
+        raise UserError(
+            f"mesh.edp = {sizes.edp} must divide hidden_size {model.config.hidden_size} where experts are spread: "
+            "take another mesh.ep or mesh.etp"
+        )
+    return {4: 3, 3: 1}
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, dims: dict[int, int] | None = None) -> None:
     # A layer's output is a view of what its experts give; nobody here changes it in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor", module="torch.distributed.fsdp")
-    fully_shard(module, mesh=mesh)
+    placement = None if dims is None else lambda parameter: Shard(dims[parameter.ndim])
+    fully_shard(module, mesh=mesh, shard_placement_fn=placement)
     assert isinstance(module, FSDPModule)
     # Plain sums, for which gloo has no scaled form either.
     module.set_force_sum_reduction_for_comms(True)

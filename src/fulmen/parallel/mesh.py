@@ -7,7 +7,7 @@ The last dim of each runs over neighbouring ranks, which share a host's fast lin
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -35,10 +35,10 @@ class MeshSizes:
     ep: int = 1
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            size, least = getattr(self, field.name), 0 if field.name in ("dp", "edp") else 1
+        for name in {*DENSE, *EXPERTS}:
+            size, least = getattr(self, name), 0 if name in ("dp", "edp") else 1
             if size < least:
-                raise UserError(f"mesh.{field.name} = {size} is no number of ranks: take {least} or more")
+                raise UserError(f"mesh.{name} = {size} is no number of ranks: take {least} or more")
 
     def fitted(self, world: int) -> "MeshSizes":
         """The same with `dp` and `edp` filled in. Raises UserError, with both products, unless they are `world`."""

@@ -87,7 +87,8 @@ class ShardedSnapshots:
 def _copy(saved: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> None:
     for name, live in tensors.items():
         if name in saved:
-            whole = saved[name].to(live.device)
+            # Experts' matrices have the dims of their cuts where they are spread.
+            whole = saved[name].to(live.device).reshape(live.shape)
             if isinstance(live, DTensor):
                 whole = distribute_tensor(whole, live.device_mesh, live.placements)
             live.copy_(whole)

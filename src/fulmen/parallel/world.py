@@ -15,11 +15,15 @@ from fulmen.data import Batch
 from fulmen.model import LanguageModel
 from fulmen.model.cache import SequenceCache
 from fulmen.model.config import ModelConfig
+from fulmen.model.decoder import TrainingLoss
+from fulmen.ops.experts import balance_loss
 from fulmen.parallel.apply import parallelize
+from fulmen.parallel.capacity import sum_counts
 from fulmen.parallel.context import SliceContext
 from fulmen.parallel.cut import Cut
 from fulmen.parallel.mesh import Mesh, MeshSizes
 from fulmen.parallel.snapshot import ShardedSnapshots, WholeSnapshots
+from fulmen.parallel.tensor import finish_gradients
 from fulmen.run import SnapshotStore
 
 T = TypeVar("T")
@@ -76,10 +80,23 @@ class World:
         """How many rows are computed at the same time."""
         return 1 if self._mesh is None else self._mesh.sizes.dp
 
-    def shard(self, model: nn.Module) -> None:
+    def shard(self, model: nn.Module, *, token_groups: int = 1, global_router: bool = True) -> None:
         """Spread a model, the same on every rank, over them all (`parallelize`)."""
         if self._mesh is not None:
-            parallelize(model, self._mesh)
+            parallelize(model, self._mesh, token_groups=token_groups, global_router=global_router)
+            self._row = self._mesh.dense["cp", "tp"]._flatten("row").get_group()
+
+    def of_whole_row(self, loss: TrainingLoss) -> TrainingLoss:
+        """A rank's loss with the counts of its whole row in its routing, and with its share of the row's balance."""
+        if self._mesh is None:
+            return loss
+        routing = sum_counts(loss.routing, self._row)
+        return loss._replace(routing=routing, balance=torch.stack([balance_loss(r) for r in routing]).mean())
+
+    def finish_gradients(self, model: nn.Module) -> None:
+        """Make gradients whole after the last backward pass of a step."""
+        if self._mesh is not None:
+            finish_gradients(model, self._mesh)
 
     def share(self, rows: Sequence[T]) -> Iterator[tuple[T, bool]]:
         """This rank's part of the rows, which are dealt out to the replicas in turn, and whether each counts.
@@ -95,7 +112,7 @@ class World:
         """This rank's part of a row, which the ranks of a replica share."""
         if self._mesh is None or self._mesh.sizes.cp == 1:
             return Slice(batch.tokens, batch.targets, {"cu_seqlens": batch.cu_seqlens})
-        cut, rank = Cut.of(batch.cu_seqlens, self._mesh.sizes.cp), self._mesh.rank("cp")
+        cut, rank = Cut.of(batch.cu_seqlens, self._mesh.sizes.cp, balanced=True), self._mesh.rank("cp")
         context = SliceContext(config, cut, self._mesh.group("cp"))
         return Slice(cut.take(batch.tokens, rank), cut.take(batch.targets, rank), {"cache": context})
 
@@ -104,7 +121,7 @@ class World:
         if self._mesh is None:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        for axis in ("dp", "cp"):
+        for axis in ("dp", "cp", "tp"):
             dist.all_reduce(total, group=self._mesh.group(axis))
         return total.tolist()
 
@@ -141,7 +158,9 @@ class World:
         if not self.is_first:
             return None
         copy = LanguageModel(model.config)
-        copy.load_state_dict(tensors)
+        with torch.no_grad():
+            for name, parameter in copy.named_parameters():
+                parameter.copy_(tensors[name].reshape(parameter.shape))
         return copy
 
     def snapshots(self, store: SnapshotStore) -> "WholeSnapshots | ShardedSnapshots":

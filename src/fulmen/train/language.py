@@ -90,10 +90,12 @@ class LanguageObjective:
         targets = max(1, sum((batch.targets >= 0).sum().item() for batch in batches))
         loss, balance = 0.0, 0.0
         for batch, counts in self.world.share(batches):
-            part = self._loss(
-                batch,
-                capacity_factor=settings.capacity_factor or None,
-                checkpoint_layers=settings.checkpoint_layers,
+            part = self.world.of_whole_row(
+                self._loss(
+                    batch,
+                    capacity_factor=settings.capacity_factor or None,
+                    checkpoint_layers=settings.checkpoint_layers,
+                )
             )
             total = counts * (part.nll / targets + settings.balance * part.balance / len(batches))
             # With a frozen text model a row without an image has nothing to train.
@@ -101,6 +103,7 @@ class LanguageObjective:
                 total.backward()
             loss += counts * part.nll.item() / targets
             balance += counts * part.balance.item() / len(batches)
+        self.world.finish_gradients(self.model)
         loss, balance = self.world.sum(loss, balance)
         metrics = {"loss": loss, "balance": balance, "epoch": self.loader.epoch}
         return metrics | (routing_metrics(part.routing) if step % settings.routing_every == 0 else {})

@@ -161,6 +161,18 @@ class TrainSection(LoopSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshSection(MeshSizes):
+    """How many ranks train together, and how experts are reached over them."""
+
+    global_router: bool = True  # one capacity for all tokens that are computed at a time; False: for each rank's
+    token_groups: int = 1  # in which tokens travel to experts, one while another is computed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "token_groups")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportSection:
     """The checkpoint at the end."""
 
@@ -178,7 +190,7 @@ class TrainRecipe:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: TokenScheduleSection
     train: TrainSection = field(default_factory=TrainSection)
-    mesh: MeshSizes = field(default_factory=MeshSizes)
+    mesh: MeshSection = field(default_factory=MeshSection)
     export: ExportSection = field(default_factory=ExportSection)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fulmen.config import UserError, dump_recipe, load_recipe, recipe_key
 from fulmen.model import choose_device
-from fulmen.parallel import MeshSizes, World, joined
+from fulmen.parallel import World, joined
 from fulmen.parallel.snapshot import ShardedSnapshots, WholeSnapshots
 from fulmen.run import (
     MetricsLog,
@@ -30,7 +30,7 @@ from fulmen.run import (
 )
 from fulmen.train.language import build as build_language
 from fulmen.train.objective import Builder, Place
-from fulmen.train.recipe import fixed_keys
+from fulmen.train.recipe import MeshSection, fixed_keys
 from fulmen.train.trainer import Trainer, TrainingDivergedError
 
 
@@ -75,7 +75,7 @@ def train(
         TrainingDivergedError: a loss that is not finite; the message names the last good snapshot.
     """
     device = choose_device(recipe.train.device)
-    with joined(getattr(recipe, "mesh", MeshSizes()), device) as world, _entered(path, world) as directory:
+    with joined(getattr(recipe, "mesh", MeshSection()), device) as world, _entered(path, world) as directory:
         store = SnapshotStore(directory.snapshots, keep=recipe.train.keep_snapshots)
         snapshot = world.from_first(lambda: _choose_snapshot(directory, store, recipe, resume))
         told = report if world.is_first else _Silent().report
@@ -189,7 +189,8 @@ def _prepare(recipe: Any, build: Builder, place: Place) -> Trainer:
     objective = place.world.together(lambda: build(recipe, place))
     place.world.check_same("recipe", dump_recipe(recipe))
     place.world.check_same("place in its data", objective.state_dict())
-    place.world.shard(objective.model)
+    mesh = getattr(recipe, "mesh", MeshSection())
+    place.world.shard(objective.model, token_groups=mesh.token_groups, global_router=mesh.global_router)
     return Trainer(objective, recipe, place.device)
 
 

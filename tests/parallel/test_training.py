@@ -48,19 +48,25 @@ def alone(folder):
         {"dp": 3},
         {"cp": 4},
         {"tp": 2},
+        {"pp": 2},
         {"dp": 4, "ep": 4},
         {"dp": 2, "etp": 2},
         {"dp": 4, "ep": 2, "etp": 2},
         {"cp": 2, "ep": 2},
         {"dp": 2, "cp": 2, "tp": 2, "ep": 4},
         {"dp": 2, "cp": 4, "ep": 2, "etp": 2},
+        {"pp": 2, "cp": 2, "tp": 2, "ep": 2},
     ],
     ids=lambda sizes: " x ".join(f"{name} {size}" for name, size in sizes.items()),
 )
 def test_training_over_ranks_is_training(folder, alone, sizes):
     curve, parameters = alone
-    world = math.prod(size for name, size in sizes.items() if name in ("dp", "cp", "tp"))
+    world = math.prod(size for name, size in sizes.items() if name in ("pp", "dp", "cp", "tp"))
+    met = set()
     for found_curve, found in run_ranks(world, trained, folder, MeshSizes(**sizes)):
         torch.testing.assert_close(torch.tensor(found_curve), torch.tensor(curve), rtol=1e-4, atol=1e-4)
-        for name, expected in parameters.items():
-            torch.testing.assert_close(found[name].reshape(expected.shape), expected, rtol=1e-4, atol=1e-4, msg=name)
+        met |= set(found)
+        for name, value in found.items():
+            expected = parameters[name]
+            torch.testing.assert_close(value.reshape(expected.shape), expected, rtol=1e-4, atol=1e-4, msg=name)
+    assert met == set(parameters)

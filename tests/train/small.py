@@ -83,4 +83,4 @@ def make_trainer(
     loader, cpu = PackedLoader(documents, tokenizer, seed=0, **shape), torch.device("cpu")
     if world is not None:
         world.shard(model)
-    return Trainer(LanguageObjective(model, loader, tokenizer, settings, cpu, world=world), settings, cpu)
+    return Trainer(LanguageObjective(model, loader, tokenizer, settings, cpu, world=world), settings, cpu, world)

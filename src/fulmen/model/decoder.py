@@ -107,7 +107,8 @@ class LanguageModel(nn.Module):
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             arguments = (x, rotary, layer_cache, cu_seqlens, capacity_factor)
             x, routing = checkpoint(layer, *arguments, use_reentrant=False) if checkpoint_layers else layer(*arguments)
-            routings.append(routing)
+            if routing is not None:  # of a layer that is here (`fulmen.parallel.pipeline`)
+                routings.append(routing)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x), routings

@@ -1,5 +1,6 @@
 """The one function that spreads a model over a mesh, in the order that its parts need."""
 
+import itertools
 import warnings
 
 from torch import nn
@@ -8,9 +9,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import Shard
 
 from fulmen.config import UserError
-from fulmen.model import LanguageModel
+from fulmen.model import LanguageModel, ModelConfig
+from fulmen.model.layer import DecoderLayer
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.moe import spread_experts
+from fulmen.parallel.pipeline import cut_layers
+from fulmen.parallel.plan.job import cut_stages
 from fulmen.parallel.tensor import shard_tensors
 
 
@@ -19,7 +23,8 @@ def parallelize(model: LanguageModel, mesh: Mesh, *, token_groups: int = 1, glob
 
     1. Tensor parallelism cuts heads and vocabulary while every weight is still whole.
     2. Experts are cut by number and width; they are no part of what comes before.
-    3. FSDP2 shards whatever a rank then holds: experts over their replicas (edp), all else over dp x cp, layer by
+    3. Each stage of a pipeline keeps its layers.
+    4. FSDP2 shards whatever a rank then holds: experts over their replicas (edp), all else over dp x cp, layer by
        layer, so that no rank ever holds more than one layer's weights whole.
 
     Gradients are sums over ranks, since each computes its share of one loss. token_groups: in which tokens travel to
@@ -31,13 +36,24 @@ def parallelize(model: LanguageModel, mesh: Mesh, *, token_groups: int = 1, glob
     shard_tensors(model, mesh)
     router = mesh.dense["dp", "cp", "tp"]._flatten("tokens").get_group() if global_router else None
     spread_experts(model, mesh, groups=token_groups, router=router)
+    if mesh.sizes.pp > 1:
+        cut_layers(model, mesh.rank("pp"), _stage_borders(model.config, mesh.sizes.pp))
     dense, replicas = mesh.dense["dp", "cp"]._flatten("dp_cp"), mesh.experts["edp"]
     dims = _expert_dims(model, mesh)
     for layer in model.layers:
-        _shard(layer.block_sparse_moe.experts, replicas, dims)
-        _shard(layer, dense)
+        if isinstance(layer, DecoderLayer):
+            _shard(layer.block_sparse_moe.experts, replicas, dims)
+            _shard(layer, dense)
     _shard(model, dense)
     register_fsdp_forward_method(model, "loss")
+
+
+def _stage_borders(config: ModelConfig, stages: int) -> list[int]:
+    """Where each stage's layers begin, and their number. Raises UserError for more stages than layers."""
+    if stages > config.num_layers:
+        raise UserError(f"mesh.pp = {stages} stages are more than the {config.num_layers} layers: take fewer")
+    lengths = (len(stage.layers) for stage in cut_stages(config, config.max_positions, stages))
+    return list(itertools.accumulate(lengths, initial=0))
 
 
 def _expert_dims(model: LanguageModel, mesh: Mesh) -> dict[int, int]:

@@ -21,7 +21,10 @@ from fulmen.parallel.apply import parallelize
 from fulmen.parallel.capacity import sum_counts
 from fulmen.parallel.context import SliceContext
 from fulmen.parallel.cut import Cut
+from fulmen.parallel.gradients import total_norm
 from fulmen.parallel.mesh import Mesh, MeshSizes
+from fulmen.parallel.pipeline import Pipeline, Rows
+from fulmen.parallel.sequence import part_lengths
 from fulmen.parallel.snapshot import ShardedSnapshots, WholeSnapshots
 from fulmen.parallel.tensor import finish_gradients
 from fulmen.run import SnapshotStore
@@ -69,6 +72,7 @@ class World:
 
     def __init__(self, mesh: Mesh | None = None):
         self._mesh = mesh
+        self._pipeline: Pipeline | None = None
 
     @property
     def is_first(self) -> bool:
@@ -85,13 +89,54 @@ class World:
         if self._mesh is not None:
             parallelize(model, self._mesh, token_groups=token_groups, global_router=global_router)
             self._row = self._mesh.dense["cp", "tp"]._flatten("row").get_group()
+            if self._mesh.sizes.pp > 1:
+                self._pipeline = Pipeline(model, self._mesh.group("pp"), next(model.parameters()).device)
 
-    def of_whole_row(self, loss: TrainingLoss) -> TrainingLoss:
+    def run(
+        self,
+        batches: Sequence[Batch],
+        forward: Callable[[Batch], TrainingLoss],
+        weigh: Callable[[TrainingLoss, bool], Tensor] | None,
+        model: LanguageModel,
+        dtype: torch.dtype,
+    ) -> list[tuple[TrainingLoss, bool]]:
+        """This rank's part of the losses of rows, without gradients, and whether each counts (`share`).
+
+        forward: of a row what `model.loss` gives, for what `slice` gives of it. weigh: of that, and whether it counts,
+        the share in the loss of all rows, of which the gradients are added to the model's; None goes forward alone.
+        dtype: of what goes from stage to stage.
+        """
+        rows = list(self.share(batches))
+        if self._pipeline is None:
+            return [(_forward_backward(forward(batch), weigh, counts), counts) for batch, counts in rows]
+        together = [rows] if weigh else [[row] for row in rows]
+        found = []
+        for part in together:
+            asked = Rows(len(part), lambda n, part=part: forward(part[n][0]), _weigher(weigh, part))
+            found += self._pipeline.run(asked, self._sent_shape(part[0][0], model.config), dtype, backward=bool(weigh))
+        return [(loss, counts) for loss, (_, counts) in zip(found, rows, strict=True)]
+
+    def _sent_shape(self, batch: Batch, config: ModelConfig) -> tuple[int, int, int]:
+        """Of the hidden vectors of a row that this rank has between two layers."""
+        sizes, tokens = self._mesh.sizes, self.slice(batch, config).tokens.shape[1]
+        return 1, part_lengths(tokens, sizes.tp)[self._mesh.rank("tp")], config.hidden_size
+
+    def of_whole_row(self, loss: TrainingLoss, config: ModelConfig) -> TrainingLoss:
         """A rank's loss with the counts of its whole row in its routing, and with its share of the row's balance."""
         if self._mesh is None:
             return loss
         routing = sum_counts(loss.routing, self._row)
-        return loss._replace(routing=routing, balance=torch.stack([balance_loss(r) for r in routing]).mean())
+        balance = torch.stack([balance_loss(r) for r in routing]).sum() / config.num_layers
+        return loss._replace(routing=routing, balance=balance)
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Of all gradients laid end to end, on every rank the same."""
+        norm = total_norm(parameters)
+        if self._pipeline is not None:
+            square = norm.square()
+            dist.all_reduce(square, group=self._mesh.group("pp"))
+            norm = square.sqrt()
+        return norm
 
     def finish_gradients(self, model: nn.Module) -> None:
         """Make gradients whole after the last backward pass of a step."""
@@ -121,7 +166,7 @@ class World:
         if self._mesh is None:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        for axis in ("dp", "cp", "tp"):
+        for axis in ("pp", "dp", "cp", "tp"):
             dist.all_reduce(total, group=self._mesh.group(axis))
         return total.tolist()
 
@@ -155,6 +200,9 @@ class World:
         if self._mesh is None:
             return model
         tensors = {name: parameter.full_tensor().cpu() for name, parameter in model.named_parameters()}
+        stages = [None] * self._mesh.sizes.pp
+        dist.all_gather_object(stages, tensors, group=self._mesh.group("pp"))
+        tensors = {name: tensor for stage in stages for name, tensor in stage.items()}
         if not self.is_first:
             return None
         copy = LanguageModel(model.config)
@@ -203,6 +251,22 @@ def _join(backend: str) -> None:
 def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective has failed, as NCCL and gloo say it."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def _forward_backward(
+    loss: TrainingLoss, weigh: Callable[[TrainingLoss, bool], Tensor] | None, counts: bool
+) -> TrainingLoss:
+    # With a frozen text model a row without an image has nothing to train.
+    if weigh is not None and (total := weigh(loss, counts)).requires_grad:
+        total.backward()
+    return loss._replace(nll=loss.nll.detach(), balance=loss.balance.detach())
+
+
+def _weigher(
+    weigh: Callable[[TrainingLoss, bool], Tensor] | None, rows: Sequence[tuple[Batch, bool]]
+) -> Callable[[TrainingLoss, int], Tensor]:
+    """By the number of a row; without gradients anything will do."""
+    return lambda loss, number: loss.nll if weigh is None else weigh(loss, rows[number][1])
 
 
 def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:

@@ -4,18 +4,19 @@ The documents may have images, which a vision-language model sees; nothing else 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fulmen.checkpoint import save_model
 from fulmen.checkpoint.names import text_model
 from fulmen.config import UserError
 from fulmen.data import Batch, Document, PackedLoader, Tokenizer, held_out_batches, read_documents, split
 from fulmen.data.documents import Corpus
-from fulmen.model import LanguageModel, VisionLanguageConfig, VisionLanguageModel
+from fulmen.model import LanguageModel, ModelConfig, VisionLanguageConfig, VisionLanguageModel
 from fulmen.model.decoder import TrainingLoss
 from fulmen.parallel import World
 from fulmen.train.models import (
@@ -88,23 +89,21 @@ class LanguageObjective:
         settings = self.recipe.train
         # A row may hold nothing that counts, such as a part of an image.
         targets = max(1, sum((batch.targets >= 0).sum().item() for batch in batches))
-        loss, balance = 0.0, 0.0
-        for batch, counts in self.world.share(batches):
-            part = self.world.of_whole_row(
-                self._loss(
-                    batch,
-                    capacity_factor=settings.capacity_factor or None,
-                    checkpoint_layers=settings.checkpoint_layers,
-                )
-            )
-            total = counts * (part.nll / targets + settings.balance * part.balance / len(batches))
-            # With a frozen text model a row without an image has nothing to train.
-            if total.requires_grad:
-                total.backward()
-            loss += counts * part.nll.item() / targets
-            balance += counts * part.balance.item() / len(batches)
+
+        def forward(batch: Batch) -> TrainingLoss:
+            limits = {"capacity_factor": settings.capacity_factor or None}
+            part = self._loss(batch, **limits, checkpoint_layers=settings.checkpoint_layers)
+            return self.world.of_whole_row(part, self._text_config)
+
+        def weigh(part: TrainingLoss, counts: bool) -> Tensor:
+            return counts * (part.nll / targets + settings.balance * part.balance / len(batches))
+
+        parts = self._run(batches, forward, weigh)
         self.world.finish_gradients(self.model)
+        loss = sum(counts * part.nll.item() for part, counts in parts) / targets
+        balance = sum(counts * part.balance.item() for part, counts in parts) / len(batches)
         loss, balance = self.world.sum(loss, balance)
+        part, _ = parts[-1]
         metrics = {"loss": loss, "balance": balance, "epoch": self.loader.epoch}
         return metrics | (routing_metrics(part.routing) if step % settings.routing_every == 0 else {})
 
@@ -112,11 +111,9 @@ class LanguageObjective:
         """Held-out loss in nats per token, and bits per byte of the text that the targets spell."""
         metrics = {}
         for name, batches in self.held_out.items():
-            nll, targets = 0.0, 0
-            for batch, counts in self.world.share(batches):
-                loss = self._loss(batch)
-                nll += counts * loss.nll.item()
-                targets += counts * loss.targets.item()
+            parts = self._run(batches, self._loss, None)
+            nll = sum(counts * part.nll.item() for part, counts in parts)
+            targets = sum(counts * part.targets.item() for part, counts in parts)
             nll, targets = self.world.sum(nll, targets)
             metrics[f"{name}_loss"] = nll / targets
             metrics[f"{name}_bits_per_byte"] = nll / math.log(2) / sum(map(self._num_bytes, batches))
@@ -142,10 +139,23 @@ class LanguageObjective:
     def _loss(self, batch: Batch, **arguments: Any) -> TrainingLoss:
         if isinstance(self.model, VisionLanguageModel):
             arguments["images"] = batch.images
-        part = self.world.slice(batch, text_model(self.model).config)
+        part = self.world.slice(batch, self._text_config)
         tokens, targets = (tensor.to(self.device, non_blocking=True) for tensor in (part.tokens, part.targets))
         with autocast(self.device, self.dtype):
             return self.model.loss(tokens, targets, **part.arguments, **arguments)
+
+    def _run(
+        self,
+        batches: Sequence[Batch],
+        forward: Callable[[Batch], TrainingLoss],
+        weigh: Callable[[TrainingLoss, bool], Tensor] | None,
+    ) -> list[tuple[TrainingLoss, bool]]:
+        dtype = self.dtype if self.device.type == "cuda" else torch.float32
+        return self.world.run(batches, forward, weigh, self.model, dtype)
+
+    @property
+    def _text_config(self) -> ModelConfig:
+        return text_model(self.model).config
 
     def _num_bytes(self, batch: Batch) -> int:
         """That the targets spell."""

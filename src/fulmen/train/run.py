@@ -191,7 +191,7 @@ def _prepare(recipe: Any, build: Builder, place: Place) -> Trainer:
     place.world.check_same("place in its data", objective.state_dict())
     mesh = getattr(recipe, "mesh", MeshSection())
     place.world.shard(objective.model, token_groups=mesh.token_groups, global_router=mesh.global_router)
-    return Trainer(objective, recipe, place.device)
+    return Trainer(objective, recipe, place.device, place.world)
 
 
 def _loop(session: _Session, stop: StopRequest) -> None:

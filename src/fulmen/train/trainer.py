@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulmen.parallel.gradients import clip_gradients, total_norm
+from fulmen.parallel import World
+from fulmen.parallel.gradients import clip_gradients
 from fulmen.train.objective import Objective
 from fulmen.train.optimizer import begin_state, make_optimizer, optimizer_tensors
 from fulmen.train.schedule import learning_rate_factor
@@ -24,9 +25,10 @@ class Trainer:
     then goes on bit for bit as if it had not stopped.
     """
 
-    def __init__(self, objective: Objective, recipe: Any, device: torch.device):
-        """recipe: of any task; its `optimizer` and `schedule` are read."""
+    def __init__(self, objective: Objective, recipe: Any, device: torch.device, world: World | None = None):
+        """recipe: of any task; its `optimizer` and `schedule` are read. world: who trains together."""
         self.objective, self.model, self.recipe, self.device = objective, objective.model, recipe, device
+        self.world = world or World()
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
         self.step, self.seen = 0, 0
 
@@ -42,7 +44,7 @@ class Trainer:
         batches = self.objective.next_batches(self.seen)
         metrics = self.objective.backward(batches, self.step + 1)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        grad_norm = total_norm(parameters)
+        grad_norm = self.world.norm(parameters)
         # Asked before clipping, which would spread a nan over all gradients.
         if not (math.isfinite(metrics["loss"]) and grad_norm.isfinite()):
             raise TrainingDivergedError(self._divergence(metrics, grad_norm.item(), learning_rate))

@@ -1,0 +1,144 @@
+"""Pipeline parallelism: each rank along pp has some layers, and rows follow each other through them (1F1B).
+
+A stage is the whole model with the layers that are elsewhere left out, so that every weight keeps its name. What it is
+given in the place of embedded tokens comes from the stage before. PyTorch's `torch.distributed.pipelining` schedules.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+from fulmen.config import UserError
+from fulmen.model import LanguageModel
+from fulmen.model.decoder import TrainingLoss
+
+
+def cut_layers(model: LanguageModel, stage: int, borders: Sequence[int]) -> None:
+    """Keep the layers borders[stage] .. borders[stage + 1] - 1 of a model, in place, and what lies at its ends."""
+    first, last = stage == 0, stage == len(borders) - 2
+    for number in range(len(model.layers)):
+        if not borders[stage] <= number < borders[stage + 1]:
+            model.layers[number] = _Elsewhere()
+    if not first:
+        model.embed_tokens = _Received()
+    if not last:
+        model.norm, model.lm_head = nn.Identity(), _NoHead()
+
+
+class _Elsewhere(nn.Module):
+    """A layer of another stage."""
+
+    def forward(self, x: Tensor, *rest: Any) -> tuple[Tensor, None]:
+        return x, None
+
+
+class _Received(nn.Module):
+    """In the place of the embedding what the stage before has sent."""
+
+    x: Tensor
+
+    def forward(self, tokens: Tensor, inserted: Any = None) -> Tensor:
+        return self.x
+
+
+class _NoHead(nn.Module):
+    """In the place of the head: keeps what is to be sent on, and adds nothing to the loss."""
+
+    leaving: Tensor
+
+    def nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        self.leaving = hidden
+        return hidden.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.int64, device=hidden.device)
+
+
+class Rows(NamedTuple):
+    """What a pipeline is to compute.
+
+    forward: of the row of a number what the model's `loss` gives. weigh: of that and the number this rank's share of
+    the loss of all rows, linear in nll and balance.
+    """
+
+    count: int
+    forward: Callable[[int], TrainingLoss]
+    weigh: Callable[[TrainingLoss, int], Tensor]
+
+
+class Pipeline:
+    """The stage of a model that is on this rank."""
+
+    def __init__(self, model: LanguageModel, group: dist.ProcessGroup, device: torch.device):
+        self._model, self._group, self._device = model, group, device
+
+    def run(self, rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, *, backward: bool) -> list[TrainingLoss]:
+        """Each row's loss as far as it is computed here, without gradients.
+
+        shape, dtype: of what goes from stage to stage, the same for all rows. Raises UserError for too few rows to go
+        backward with.
+        """
+        stages = self._group.size()
+        if backward and rows.count < stages:
+            raise UserError(
+                f"{rows.count} rows at a time are too few for mesh.pp = {stages} stages: make "
+                "schedule.micro_batch_tokens smaller, or take fewer stages"
+            )
+        submodule = _Stage(self._model, rows)
+        stage = self._stage(submodule, shape, dtype)
+        make = Schedule1F1B if backward else ScheduleGPipe
+        schedule = make(stage, rows.count, loss_fn=lambda output, _: output.sum(), scale_grads=False)
+        numbers = torch.arange(rows.count, device=self._device)
+        given = (numbers[:, None],) if stage.is_first else ()
+        (schedule.step if backward else schedule.eval)(*given, row=numbers, target=numbers)
+        return [submodule.found[number] for number in range(rows.count)]
+
+    def _stage(self, submodule: "_Stage", shape: tuple[int, ...], dtype: torch.dtype) -> PipelineStage:
+        place, stages = dist.get_rank(self._group), self._group.size()
+        sent = torch.empty(shape, dtype=dtype, device="meta")
+        number, total = torch.empty(1, 1, dtype=torch.int64, device="meta"), torch.empty(1, device="meta")
+        return PipelineStage(
+            submodule,
+            place,
+            stages,
+            self._device,
+            input_args=number if place == 0 else sent.requires_grad_(),
+            output_args=total.requires_grad_() if place == stages - 1 else sent.requires_grad_(),
+            group=self._group,
+        )
+
+
+class _Stage(nn.Module):
+    """One row after the other, as the schedule asks for them."""
+
+    def __init__(self, model: LanguageModel, rows: Rows):
+        super().__init__()
+        self.model, self.rows = model, rows
+        self.found: dict[int, TrainingLoss] = {}
+
+    def forward(self, received: Tensor, row: Tensor) -> Tensor:
+        number = int(row)
+        if isinstance(self.model.embed_tokens, _Received):
+            self.model.embed_tokens.x = received
+        loss = self.rows.forward(number)
+        total = self.rows.weigh(loss, number)
+        self.found[number] = loss._replace(nll=loss.nll.detach(), balance=loss.balance.detach())
+        if isinstance(self.model.lm_head, _NoHead):
+            return _WithLoss.apply(self.model.lm_head.leaving, total)
+        return total[None]
+
+
+class _WithLoss(torch.autograd.Function):
+    """What is sent on, with this stage's own share of the loss, whose gradient is one, fastened to it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, share: Tensor):
+        ctx.dtype, ctx.device = share.dtype, share.device
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_x: Tensor):
+        return d_x, torch.ones((), dtype=ctx.dtype, device=ctx.device)

@@ -6,7 +6,7 @@ timeline.travelling, timeline.waiting        # seconds in which something travel
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 from unittest import mock
 
@@ -65,7 +65,9 @@ class _Timed:
     def __init__(self, work: Any, started: float, timeline: Timeline):
         self._work, self._timeline = work, timeline
         self._span = timeline.begin(started)
-        work.get_future().add_done_callback(self._done)
+        # Of point-to-point works gloo does not tell the end; then it is that of the waiting.
+        with suppress(RuntimeError):
+            work.get_future().add_done_callback(self._done)
 
     def wait(self) -> None:
         started = time.perf_counter()

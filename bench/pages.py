@@ -364,8 +364,47 @@ def plan_measured() -> str:
 GPU = (machine, peers, flatness, model, training, memory, decode, experts)
 VISION = (vision_machine, vision_encoder, vision_stages)
 SERVING = (serving_machines, clients_cpu, clients_gpu, prefix, engine, int8, load)
+
+
+def slow_lasp() -> str:
+    rows = [
+        [f"{row['ranks']}", *(f"{row[name]['ms']:.1f}" for name in ("LASP+", "serial"))]
+        for row in read("parallel-slow")["lasp"]
+    ]
+    return markdown(["ranks", "LASP+, ms", "serial LASP, ms"], rows)
+
+
+def slow_ring() -> str:
+    rows = [
+        [row["cut"], "yes" if row["overlap"] else "no", f"{row['ms']:.0f}", percent(row["hidden"])]
+        for row in read("parallel-slow")["ring"]
+    ]
+    return markdown(["cut", "overlap", "ms", "hidden"], rows)
+
+
+def slow_experts() -> str:
+    rows = [
+        [f"{row['groups']}", f"{row['ms']:.0f}", f"{row['travelling, ms']:.0f}", percent(max(0.0, row["hidden"]))]
+        for row in read("parallel-slow")["experts"]
+    ]
+    return markdown(["groups of tokens", "ms", "of which something travels", "hidden"], rows)
+
+
+def global_router() -> str:
+    rows = [
+        [f"{row['skew']:g}", f"{row['seed']}", percent(row["each rank's own"]), percent(row["global"])]
+        for row in sorted(read("parallel-slow")["global router"], key=lambda row: row["skew"])
+    ]
+    return markdown(["skew", "seed", "dropped, each rank's own capacity", "dropped, global router"], rows)
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+MANY_RANKS = (slow_lasp, slow_ring, slow_experts, global_router)
 PLANNING = (plan_training, plan_batches, plan_machines, plan_serving, plan_measured)
-TABLES = {table.__name__: table for table in (*GPU, *SERVING, *VISION, *PLANNING)}
+TABLES = {table.__name__: table for table in (*GPU, *SERVING, *VISION, *PLANNING, *MANY_RANKS)}
 
 
 if __name__ == "__main__":

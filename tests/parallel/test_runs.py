@@ -15,7 +15,8 @@ from tests.parallel.ranks import run_ranks
 from tests.train.small import RECIPE, make_text
 
 from fulmen.checkpoint import load_model
-from fulmen.config import UserError, load_recipe
+from fulmen.config import load_recipe
+from fulmen.parallel import SharedError
 from fulmen.run import read_metrics
 from fulmen.train import TrainRecipe, train
 
@@ -72,9 +73,9 @@ def resumed(*arguments):
 
 
 def refused(folder, name, *settings):
-    """The error of this rank, which reads the text of its own."""
+    """The error of this rank, which reads the text of its own; it knows that all have it."""
     own = folder / f"of-{dist.get_rank()}"
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SharedError) as error:
         run(own if own.exists() else folder, name, 3, *settings)
     return str(error.value)
 
@@ -84,6 +85,13 @@ def refused(folder, name, *settings):
     [
         (("mesh.cp=3",), "the mesh pp 1 x dp 1 x cp 3 x tp 1 is 3 ranks, and there are 4: change mesh.pp, mesh.dp, "),
         (("mesh.ep=4", "mesh.etp=2"), "the mesh pp 1 x edp 1 x etp 2 x ep 4 is 8 ranks, and there are 4"),
+        (("mesh.tp=4",), "num_heads must be a multiple of mesh.tp = 4, got 2: change either"),
+        (("mesh.ep=4", "model.num_experts=6"), "6 experts over 4 ranks: mesh.ep must divide their number"),
+        (("mesh.pp=4", "schedule.micro_batch_tokens=24"), "mesh.pp = 4 stages are more than the 2 layers: take fewer"),
+        (
+            ("mesh.pp=2", "schedule.micro_batch_tokens=96"),
+            "1 rows in a step are too few for 2 replicas of mesh.pp = 2 ",
+        ),
         (("data.sources=['none.txt']",), "no file matches 'none.txt'"),
     ],
 )

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from fulmen.config import UserError
 from fulmen.model import LanguageModel
 from fulmen.model.decoder import TrainingLoss
 
@@ -68,6 +67,12 @@ class Rows(NamedTuple):
     weigh: Callable[[TrainingLoss, int], Tensor]
 
 
+def without_gradients(loss: TrainingLoss, *, keep_routing: bool) -> TrainingLoss:
+    """What is kept of a row's loss once gradients have been taken: of many rows the routing would fill the memory."""
+    routing = loss.routing if keep_routing else []
+    return TrainingLoss(loss.nll.detach(), loss.targets, loss.balance.detach(), routing)
+
+
 class Pipeline:
     """The stage of a model that is on this rank."""
 
@@ -77,15 +82,9 @@ class Pipeline:
     def run(self, rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, *, backward: bool) -> list[TrainingLoss]:
         """Each row's loss as far as it is computed here, without gradients.
 
-        shape, dtype: of what goes from stage to stage, the same for all rows. Raises UserError for too few rows to go
-        backward with.
+        shape, dtype: of what goes from stage to stage, the same for all rows. To go backward there must be as many rows
+        as stages.
         """
-        stages = self._group.size()
-        if backward and rows.count < stages:
-            raise UserError(
-                f"{rows.count} rows at a time are too few for mesh.pp = {stages} stages: make "
-                "schedule.micro_batch_tokens smaller, or take fewer stages"
-            )
         submodule = _Stage(self._model, rows)
         stage = self._stage(submodule, shape, dtype)
         make = Schedule1F1B if backward else ScheduleGPipe
@@ -124,7 +123,7 @@ class _Stage(nn.Module):
             self.model.embed_tokens.x = received
         loss = self.rows.forward(number)
         total = self.rows.weigh(loss, number)
-        self.found[number] = loss._replace(nll=loss.nll.detach(), balance=loss.balance.detach())
+        self.found[number] = without_gradients(loss, keep_routing=number == self.rows.count - 1)
         if isinstance(self.model.lm_head, _NoHead):
             return _WithLoss.apply(self.model.lm_head.leaving, total)
         return total[None]

@@ -23,7 +23,7 @@ from fulmen.parallel.context import SliceContext
 from fulmen.parallel.cut import Cut
 from fulmen.parallel.gradients import total_norm
 from fulmen.parallel.mesh import Mesh, MeshSizes
-from fulmen.parallel.pipeline import Pipeline, Rows
+from fulmen.parallel.pipeline import Pipeline, Rows, without_gradients
 from fulmen.parallel.sequence import part_lengths
 from fulmen.parallel.snapshot import ShardedSnapshots, WholeSnapshots
 from fulmen.parallel.tensor import finish_gradients
@@ -84,10 +84,19 @@ class World:
         """How many rows are computed at the same time."""
         return 1 if self._mesh is None else self._mesh.sizes.dp
 
+    def check_rows(self, rows: int) -> None:
+        """Raise UserError if so few in a step leave a replica fewer than its pipeline has stages."""
+        if self._mesh is not None and self._mesh.sizes.pp > -(-rows // self.replicas):
+            raise UserError(
+                f"{rows} rows in a step are too few for {self.replicas} replicas of mesh.pp = {self._mesh.sizes.pp} "
+                "stages: make schedule.micro_batch_tokens smaller, or take fewer stages"
+            )
+
     def shard(self, model: nn.Module, *, token_groups: int = 1, global_router: bool = True) -> None:
         """Spread a model, the same on every rank, over them all (`parallelize`)."""
         if self._mesh is not None:
-            parallelize(model, self._mesh, token_groups=token_groups, global_router=global_router)
+            with _shared():
+                parallelize(model, self._mesh, token_groups=token_groups, global_router=global_router)
             self._row = self._mesh.dense["cp", "tp"]._flatten("row").get_group()
             if self._mesh.sizes.pp > 1:
                 self._pipeline = Pipeline(model, self._mesh.group("pp"), next(model.parameters()).device)
@@ -100,7 +109,8 @@ class World:
         model: LanguageModel,
         dtype: torch.dtype,
     ) -> list[tuple[TrainingLoss, bool]]:
-        """This rank's part of the losses of rows, without gradients, and whether each counts (`share`).
+        """This rank's part of the losses of rows, without gradients, and whether each counts (`share`); the last one
+        alone with its routing.
 
         forward: of a row what `model.loss` gives, for what `slice` gives of it. weigh: of that, and whether it counts,
         the share in the loss of all rows, of which the gradients are added to the model's; None goes forward alone.
@@ -108,12 +118,13 @@ class World:
         """
         rows = list(self.share(batches))
         if self._pipeline is None:
-            return [(_forward_backward(forward(batch), weigh, counts), counts) for batch, counts in rows]
-        together = [rows] if weigh else [[row] for row in rows]
-        found = []
-        for part in together:
-            asked = Rows(len(part), lambda n, part=part: forward(part[n][0]), _weigher(weigh, part))
-            found += self._pipeline.run(asked, self._sent_shape(part[0][0], model.config), dtype, backward=bool(weigh))
+            found = [_forward_backward(forward(batch), weigh, counts, batch is rows[-1][0]) for batch, counts in rows]
+        else:
+            found = []
+            for part in [rows] if weigh else [[row] for row in rows]:
+                asked = Rows(len(part), lambda n, part=part: forward(part[n][0]), _weigher(weigh, part))
+                shape = self._sent_shape(part[0][0], model.config)
+                found += self._pipeline.run(asked, shape, dtype, backward=weigh is not None)
         return [(loss, counts) for loss, (_, counts) in zip(found, rows, strict=True)]
 
     def _sent_shape(self, batch: Batch, config: ModelConfig) -> tuple[int, int, int]:
@@ -254,12 +265,12 @@ def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
 
 
 def _forward_backward(
-    loss: TrainingLoss, weigh: Callable[[TrainingLoss, bool], Tensor] | None, counts: bool
+    loss: TrainingLoss, weigh: Callable[[TrainingLoss, bool], Tensor] | None, counts: bool, last: bool
 ) -> TrainingLoss:
     # With a frozen text model a row without an image has nothing to train.
     if weigh is not None and (total := weigh(loss, counts)).requires_grad:
         total.backward()
-    return loss._replace(nll=loss.nll.detach(), balance=loss.balance.detach())
+    return without_gradients(loss, keep_routing=last)
 
 
 def _weigher(
@@ -278,19 +289,34 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 @contextmanager
+def _shared() -> Iterator[None]:
+    """What every rank refuses alike within the block."""
+    try:
+        yield
+    except UserError as error:
+        raise SharedError(str(error)) from None
+
+
+@contextmanager
 def joined(sizes: MeshSizes, device: torch.device) -> Iterator[World]:
     """The world that torchrun has started, or this process alone; raises UserError for a mesh of another size.
 
     Processes that are joined already stay so.
     """
     if dist.is_initialized():
-        yield World(Mesh(sizes, device.type))
+        with _shared():
+            mesh = Mesh(sizes, device.type)
+        yield World(mesh)
     elif "RANK" not in os.environ:
         sizes.fitted(1)
         yield World()
     else:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
-            yield World(Mesh(sizes, device.type))
+            with _shared():
+                mesh = Mesh(sizes, device.type)
+            yield World(mesh)
         finally:
             dist.destroy_process_group()

@@ -60,6 +60,7 @@ class LanguageObjective:
         self.device, self.held_out = device, held_out or {}
         self.dtype = choose_dtype(recipe.train.precision, device)
         self._byte_lengths = tokenizer.byte_lengths()
+        self.world.check_rows(self._fewest_rows())
         for batches in self.held_out.values():
             if not sum(map(self._num_bytes, batches)):
                 raise UserError("the held-out part has no text to predict: raise data.held_out_tokens")
@@ -71,9 +72,8 @@ class LanguageObjective:
 
         They are the same on every rank, so that a run may go on over other ranks.
         """
-        schedule = self.recipe.schedule
-        left = batch_tokens(schedule, seen)
-        micro = schedule.micro_batch_tokens or -(-left // self.world.replicas)
+        left = batch_tokens(self.recipe.schedule, seen)
+        micro = self._row_tokens(left)
         batches = []
         while left > 0:
             batches.append(self.loader.next_batch(min(micro, left)))
@@ -143,6 +143,16 @@ class LanguageObjective:
         tokens, targets = (tensor.to(self.device, non_blocking=True) for tensor in (part.tokens, part.targets))
         with autocast(self.device, self.dtype):
             return self.model.loss(tokens, targets, **part.arguments, **arguments)
+
+    def _fewest_rows(self) -> int:
+        """In any step."""
+        schedule = self.recipe.schedule
+        sizes = [schedule.batch_tokens, *(tokens for _, tokens in schedule.ramp)]
+        return min(-(-size // self._row_tokens(size)) for size in sizes)
+
+    def _row_tokens(self, size: int) -> int:
+        """Of a batch of so many tokens; unless the recipe says so, each replica has one row."""
+        return self.recipe.schedule.micro_batch_tokens or -(-size // self.world.replicas)
 
     def _run(
         self,

@@ -1,6 +1,7 @@
 """LASP+ over ranks against lightning attention of the whole row on one."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from tests.parallel.ranks import run_ranks
 
 from fulmen.ops.lightning import decay_rates, silu_lightning_attention
-from fulmen.parallel import Cut
+from fulmen.parallel import Cut, lasp
 from fulmen.parallel.lasp import lasp_attention, serial_lasp_attention
 
 HEADS, WIDTH = 3, 8
@@ -71,3 +72,41 @@ def test_the_serial_form_gives_the_same():
     expected, _ = silu_lightning_attention(qkv, rates, cu_seqlens=torch.tensor(borders, dtype=torch.int32))
     found = Cut(borders, 4).join(run_ranks(4, serial, borders))
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+class Marked(torch.autograd.Function):
+    """Notes when the gradient of what is computed within a rank's tokens has been computed."""
+
+    @staticmethod
+    def forward(ctx, x, log):
+        ctx.log = log
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, d_x):
+        ctx.log.append("inside")
+        return d_x, None
+
+
+def order_of_work():
+    """What this rank does, forward and backward, where a sample crosses its edges."""
+    log, inside = [], lasp._inside
+    start, fold = lasp._Exchange.start, lasp._Exchange._fold
+
+    def noted(name, function):
+        return lambda *arguments: log.append(name) or function(*arguments)
+
+    with (
+        mock.patch.object(lasp, "_inside", noted("inside", lambda x, *rest: inside(Marked.apply(x, log), *rest))),
+        mock.patch.object(lasp._Exchange, "start", noted("launch", start)),
+        mock.patch.object(lasp._Exchange, "_fold", noted("wait", fold)),
+    ):
+        cut, rank = Cut((0, 24), dist.get_world_size()), dist.get_rank()
+        qkv, rates, grad = whole_row((0, 24))
+        lasp_attention(cut.take(qkv, rank), rates, cut, dist.group.WORLD).backward(cut.take(grad, rank))
+    return log
+
+
+def test_states_travel_while_what_is_inside_is_computed():
+    for log in run_ranks(3, order_of_work):
+        assert log == ["launch", "inside", "wait"] * 2

@@ -1,6 +1,7 @@
 """Ring attention over ranks against softmax attention of the whole row on one."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -46,3 +47,29 @@ def test_outputs_and_gradients_are_those_of_the_whole_row(world):
         for number, expected in enumerate((out.detach(), *(x.grad for x in inputs))):
             found = cut.join([part[number] for part in parts])
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=f"{borders} {balanced} {number}")
+
+
+def messages(borders):
+    """How many messages of how many bytes this rank sends, forward and backward."""
+    sent, exchange = [], dist.batch_isend_irecv
+
+    def counted(operations):
+        sent.extend(each.tensor.nbytes for each in operations if each.op is dist.isend)
+        return exchange(operations)
+
+    with mock.patch.object(dist, "batch_isend_irecv", counted):
+        cut, rank = Cut(borders, dist.get_world_size()), dist.get_rank()
+        q, k, v, grad = (cut.take(x, rank) for x in whole_row(borders))
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        ring_attention(*inputs, cut, dist.group.WORLD).backward(grad)
+    return sent
+
+
+def test_what_nobody_needs_is_not_sent():
+    """Four ranks of eight tokens each; a token's keys and values are 2 x 2 heads x 8 numbers of four bytes."""
+    token = 2 * KEY_HEADS * WIDTH * 4
+    assert run_ranks(4, messages, (0, 8, 16, 24, 32)) == [[], [], [], []]
+    # Of the second sample five tokens lie with rank 0 and two with rank 1, which sends their gradients home.
+    assert run_ranks(4, messages, (0, 3, 10, 16, 24, 32)) == [[5 * token] * 2, [5 * token], [], []]
+    # Of the last one eight lie with rank 2 and six with rank 3; the others have none of it.
+    assert run_ranks(4, messages, (0, 8, 16, 30, 32)) == [[], [], [8 * token] * 2, [8 * token]]

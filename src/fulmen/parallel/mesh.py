@@ -76,5 +76,10 @@ class Mesh:
         """This rank's place along it."""
         return dist.get_rank(self.group(axis))
 
+    def members(self) -> dict[str, list[int]]:
+        """The ranks of this rank's group along each axis of more than one."""
+        groups = {name: self.group(name) for name in dict.fromkeys((*DENSE, *EXPERTS))}
+        return {name: dist.get_process_group_ranks(group) for name, group in groups.items() if group.size() > 1}
+
     def _init(self, names: tuple[str, ...], device_type: str) -> DeviceMesh:
         return init_device_mesh(device_type, [getattr(self.sizes, name) for name in names], mesh_dim_names=names)

@@ -1,8 +1,9 @@
 """This process among the ranks that train one model. Alone it is the whole world, and every method costs nothing."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +28,7 @@ from fulmen.parallel.pipeline import Pipeline, Rows, without_gradients
 from fulmen.parallel.sequence import part_lengths
 from fulmen.parallel.snapshot import ShardedSnapshots, WholeSnapshots
 from fulmen.parallel.tensor import finish_gradients
+from fulmen.parallel.watch import Watch
 from fulmen.run import SnapshotStore
 
 T = TypeVar("T")
@@ -70,8 +72,9 @@ class Slice(NamedTuple):
 class World:
     """The ranks of a mesh; None is this process alone."""
 
-    def __init__(self, mesh: Mesh | None = None):
-        self._mesh = mesh
+    def __init__(self, mesh: Mesh | None = None, watch: Watch | None = None):
+        """watch: told where this rank is, to say who is waited for."""
+        self._mesh, self._watch = mesh, watch
         self._pipeline: Pipeline | None = None
 
     @property
@@ -83,6 +86,11 @@ class World:
     def replicas(self) -> int:
         """How many rows are computed at the same time."""
         return 1 if self._mesh is None else self._mesh.sizes.dp
+
+    def at(self, where: str) -> None:
+        """This rank has come to a place where it may have to wait for others."""
+        if self._watch is not None:
+            self._watch.at(where)
 
     def check_rows(self, rows: int) -> None:
         """Raise UserError if so few in a step leave a replica fewer than its pipeline has stages."""
@@ -317,6 +325,7 @@ def joined(sizes: MeshSizes, device: torch.device) -> Iterator[World]:
         try:
             with _shared():
                 mesh = Mesh(sizes, device.type)
-            yield World(mesh)
+            with closing(Watch(lambda line: print(line, file=sys.stderr, flush=True), axes=mesh.members())) as watch:
+                yield World(mesh, watch)
         finally:
             dist.destroy_process_group()

@@ -41,9 +41,12 @@ class Trainer:
         self.model.train()
         settings, unit = self.recipe.optimizer, self.objective.unit
         learning_rate = settings.learning_rate * learning_rate_factor(self.recipe.schedule, self.step)
+        self.world.at(f"step {self.step + 1}, reading its batch")
         batches = self.objective.next_batches(self.seen)
+        self.world.at(f"step {self.step + 1}, forward and backward")
         metrics = self.objective.backward(batches, self.step + 1)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
+        self.world.at(f"step {self.step + 1}, the norm of gradients")
         grad_norm = self.world.norm(parameters)
         # Asked before clipping, which would spread a nan over all gradients.
         if not (math.isfinite(metrics["loss"]) and grad_norm.isfinite()):

@@ -2,6 +2,7 @@
 
     python bench/parallel.py --hosts 4 --rate 400mbit --json bench/results/parallel-slow.json   hosts with slow links
     torchrun --nproc-per-node 8 bench/parallel.py --json results.json                           GPUs, under NCCL
+    python bench/parallel.py --draw bench/results/parallel-slow.json                            pictures of that
 
 With --hosts it makes hosts of network namespaces on this machine (bench/hosts.py; root, Linux), a rank on each.
 Times are of the slowest rank, forward and backward where not said otherwise. Hidden: the part of the time in which
@@ -27,6 +28,7 @@ from fulmen.parallel.capacity import drop_rates
 from fulmen.parallel.experts import spread_experts_mlp
 from fulmen.parallel.lasp import lasp_attention, serial_lasp_attention
 from fulmen.parallel.ring import ring_attention
+from fulmen.run import plot_curves
 from fulmen.run.machine import describe_machine
 from hosts import hosts
 from timeline import Timeline
@@ -44,7 +46,11 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, help="make so many hosts on this machine, and run on each")
     parser.add_argument("--rate", default="400mbit", help="of each host's link, as tc writes it (default: 400mbit)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and numbers there")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="results to draw into docs/images; measures nothing")
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw(json.loads(arguments.draw.read_text()), arguments.draw.stem)
+        return
     if arguments.hosts is None:
         measure(arguments)
         return
@@ -136,6 +142,21 @@ def router() -> list[dict]:
             own, shared = drop_rates(logits, 2, 1.0)
             rows.append({"seed": seed, "skew": skew, "each rank's own": own, "global": shared})
     return rows
+
+
+def draw(results: dict, name: str) -> None:
+    """A picture of the experts' times by groups, and one of lightning attention's by ranks."""
+    images = Path(__file__).parents[1] / "docs" / "images"
+    groups, ranks = ([row[key] for row in results[part]] for part, key in (("experts", "groups"), ("lasp", "ranks")))
+    travelling = [row["travelling, ms"] for row in results["experts"]]
+    waited = [(1 - max(0, row["hidden"])) * row["travelling, ms"] for row in results["experts"]]
+    series = {"step": [row["ms"] for row in results["experts"]], "something travels": travelling, "waited for": waited}
+    curves = {label: (groups, values) for label, values in series.items()}
+    title = f"experts over {results['link']} links"
+    plot_curves(images / f"{name}-experts.png", curves, title=title, x_label="groups of tokens", y_label="ms")
+    curves = {label: (ranks, [row[label]["ms"] for row in results["lasp"]]) for label in ("LASP+", "serial")}
+    title = f"lightning attention of one sample over {results['link']} links"
+    plot_curves(images / f"{name}-lasp.png", curves, title=title, x_label="ranks", y_label="ms")
 
 
 def timed(step: Callable[[], object], group: dist.ProcessGroup | None, device: torch.device) -> dict:

@@ -19,6 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# The older names, which newer versions of torch warn of.
+ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class Waits:
     """The time in which a rank does nothing but wait for others, forward and backward; to be taken every few steps.

@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulmen.ops.lightning import silu_lightning_attention
+from fulmen.parallel.collectives import ALL_GATHER
 from fulmen.parallel.cut import Cut
-
-# The older name, which newer versions of torch warn of.
-ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def lasp_attention(qkv: Tensor, rates: Tensor, cut: Cut, group: dist.ProcessGroup) -> Tensor:

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# The older names, which newer versions of torch warn of.
-ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+from fulmen.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 
 
 def part_lengths(tokens: int, ranks: int) -> list[int]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from fulmen.model.vocabulary import Embedding, Head, Inserted
 from fulmen.ops.linear import linear_f32
 from fulmen.ops.loss import IGNORE, linear_cross_entropy
-from fulmen.parallel.sequence import ALL_GATHER, gather_tokens, part_lengths, scatter_sums
+from fulmen.parallel.collectives import ALL_GATHER
+from fulmen.parallel.sequence import gather_tokens, part_lengths, scatter_sums
 
 
 class VocabularyEmbedding(Embedding):

@@ -15,6 +15,7 @@ from tests.parallel.ranks import run_ranks
 from tests.train.small import RECIPE, make_text
 
 from fulmen.checkpoint import load_model
+from fulmen.cli.tasks import load_task
 from fulmen.config import load_recipe
 from fulmen.parallel import SharedError
 from fulmen.run import read_metrics
@@ -135,6 +136,21 @@ def ranks_of(launcher):
     """The processes that torchrun has started."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     return [int(pid) for pid in children.read_text().split()]
+
+
+def other_task(folder):
+    """What a rank is told of a task whose losses are not shares of one."""
+    os.chdir(folder)
+    recipe, build = load_task("vision-4-preference")
+    with pytest.raises(SharedError) as error:
+        train(recipe, folder / "run", build=build)
+    return str(error.value)
+
+
+def test_tasks_of_one_rank_are_refused_on_two(folder):
+    message = "the task preference trains on one rank: start it without torchrun"
+    assert run_ranks(2, other_task, folder) == [message] * 2
+    assert not (folder / "run").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes as Linux shows them")

@@ -83,6 +83,11 @@ class World:
         return self._mesh is None or dist.get_rank() == 0
 
     @property
+    def is_alone(self) -> bool:
+        """Whether this process was not started as one of several ranks."""
+        return self._mesh is None
+
+    @property
     def replicas(self) -> int:
         """How many rows are computed at the same time."""
         return 1 if self._mesh is None else self._mesh.sizes.dp

@@ -11,7 +11,7 @@ import torch
 
 from fulmen.config import UserError, dump_recipe, load_recipe, recipe_key
 from fulmen.model import choose_device
-from fulmen.parallel import World, joined
+from fulmen.parallel import SharedError, World, joined
 from fulmen.parallel.snapshot import ShardedSnapshots, WholeSnapshots
 from fulmen.run import (
     MetricsLog,
@@ -76,6 +76,8 @@ def train(
     """
     device = choose_device(recipe.train.device)
     with joined(getattr(recipe, "mesh", MeshSection()), device) as world, _entered(path, world) as directory:
+        if not (world.is_alone or hasattr(recipe, "mesh")):
+            raise SharedError(f"the task {recipe.task} trains on one rank: start it without torchrun")
         store = SnapshotStore(directory.snapshots, keep=recipe.train.keep_snapshots)
         snapshot = world.from_first(lambda: _choose_snapshot(directory, store, recipe, resume))
         told = report if world.is_first else _Silent().report

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.parallel.ranks import run_ranks
+from tests.parallel.test_tensor import CONFIG
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fulmen.model import LanguageModel, ModelConfig
+from fulmen.model import LanguageModel
 from fulmen.parallel import Cut, Mesh, MeshSizes
 from fulmen.parallel.apply import parallelize
 from fulmen.parallel.context import SliceContext
@@ -16,18 +17,6 @@ from fulmen.parallel.plan import Job, Placement
 from fulmen.parallel.plan.traffic import step_traffic
 from fulmen.parallel.tensor import finish_gradients
 
-CONFIG = ModelConfig(
-    vocab_size=48,
-    hidden_size=32,
-    num_layers=3,
-    layer_plan="LSL",
-    num_heads=8,
-    num_kv_heads=2,
-    head_dim=8,
-    num_experts=4,
-    expert_size=16,
-    max_positions=64,
-)
 KINDS = {
     "_allgather_base_": "all_gather",
     "allgather_": "all_gather",

@@ -23,7 +23,13 @@ from fulmen.train import TrainRecipe, train
 
 SETTINGS = (
     *("schedule.warmup=2", "schedule.decay=0", "schedule.batch_tokens=96", "schedule.micro_batch_tokens=48"),
-    *("train.capacity_factor=0", "train.balance=0", "train.evaluate_every=5", "train.snapshot_every=3"),
+    *(
+        "train.capacity_factor=0",
+        "train.balance=0",
+        "train.evaluate_every=5",
+        "train.snapshot_every=3",
+        "train.routing_every=8",
+    ),
 )
 
 
@@ -59,6 +65,8 @@ def test_a_run_goes_on_over_other_ranks_and_on_one(folder, monkeypatch):
         told = run_ranks(ranks, resumed, *arguments) if ranks > 1 else [run(*arguments, resume=True)[0]]
         assert told[0]
         assert not any(told[1:])
+    routed = [line for line in read_metrics(folder / "parts" / "metrics.jsonl") if "expert_load" in line]
+    assert routed[0]["expert_wait"] > 0 == routed[0]["drop_rate"]
     # An evaluation came at each end as well.
     losses, held_out = curve(folder, "parts")
     expected, expected_held_out = curve(folder, "whole")

@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard
 from fulmen.config import UserError
 from fulmen.model import LanguageModel, ModelConfig
 from fulmen.model.layer import DecoderLayer
+from fulmen.parallel.collectives import Waits
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.moe import spread_experts
 from fulmen.parallel.pipeline import cut_layers
@@ -18,7 +19,7 @@ from fulmen.parallel.plan.job import cut_stages
 from fulmen.parallel.tensor import shard_tensors
 
 
-def parallelize(model: LanguageModel, mesh: Mesh, *, token_groups: int = 1, global_router: bool = True) -> None:
+def parallelize(model: LanguageModel, mesh: Mesh, *, token_groups: int = 1, global_router: bool = True) -> Waits:
     """Spread a model, the same on every rank, over all ranks of the mesh, in place.
 
     1. Tensor parallelism cuts heads and vocabulary while every weight is still whole.
@@ -29,13 +30,13 @@ def parallelize(model: LanguageModel, mesh: Mesh, *, token_groups: int = 1, glob
 
     Gradients are sums over ranks, since each computes its share of one loss. token_groups: in which tokens travel to
     experts, one while another is computed. global_router: with a capacity, one for the tokens of all ranks together.
-    Raises UserError for a model that cannot be cut so.
+    Returns what counts the time that experts wait for tokens. Raises UserError for a model that cannot be cut so.
     """
     if not isinstance(model, LanguageModel):
         raise UserError("a model that sees trains on one rank: leave [mesh] out")
     shard_tensors(model, mesh)
     router = mesh.dense["dp", "cp", "tp"]._flatten("tokens").get_group() if global_router else None
-    spread_experts(model, mesh, groups=token_groups, router=router)
+    waits = spread_experts(model, mesh, groups=token_groups, router=router)
     if mesh.sizes.pp > 1:
         cut_layers(model, mesh.rank("pp"), _stage_borders(model.config, mesh.sizes.pp))
     dense, replicas = mesh.dense["dp", "cp"]._flatten("dp_cp"), mesh.experts["edp"]
@@ -46,6 +47,7 @@ def parallelize(model: LanguageModel, mesh: Mesh, *, token_groups: int = 1, glob
             _shard(layer, dense)
     _shard(model, dense)
     register_fsdp_forward_method(model, "loss")
+    return waits
 
 
 def _stage_borders(config: ModelConfig, stages: int) -> list[int]:

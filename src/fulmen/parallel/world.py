@@ -17,9 +17,9 @@ from fulmen.model import LanguageModel
 from fulmen.model.cache import SequenceCache
 from fulmen.model.config import ModelConfig
 from fulmen.model.decoder import TrainingLoss
-from fulmen.ops.experts import balance_loss
+from fulmen.ops.experts import Routing, balance_loss
 from fulmen.parallel.apply import parallelize
-from fulmen.parallel.capacity import sum_counts
+from fulmen.parallel.capacity import drop_rate, sum_counts
 from fulmen.parallel.context import SliceContext
 from fulmen.parallel.cut import Cut
 from fulmen.parallel.gradients import total_norm
@@ -109,7 +109,8 @@ class World:
         """Spread a model, the same on every rank, over them all (`parallelize`)."""
         if self._mesh is not None:
             with _shared():
-                parallelize(model, self._mesh, token_groups=token_groups, global_router=global_router)
+                how = {"token_groups": token_groups, "global_router": global_router}
+                self._waits = parallelize(model, self._mesh, **how)
             self._row = self._mesh.dense["cp", "tp"]._flatten("row").get_group()
             if self._mesh.sizes.pp > 1:
                 self._pipeline = Pipeline(model, self._mesh.group("pp"), next(model.parameters()).device)
@@ -152,6 +153,12 @@ class World:
         routing = sum_counts(loss.routing, self._row)
         balance = torch.stack([balance_loss(r) for r in routing]).sum() / config.num_layers
         return loss._replace(routing=routing, balance=balance)
+
+    def expert_metrics(self, routing: Sequence[Routing]) -> dict[str, float]:
+        """Of several ranks: the share of a row's choices dropped, and seconds waited for tokens since last asked."""
+        if self._mesh is None:
+            return {}
+        return {"drop_rate": drop_rate(routing, self._row), "expert_wait": self._waits.take()}
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Of all gradients laid end to end, on every rank the same."""

@@ -105,7 +105,9 @@ class LanguageObjective:
         loss, balance = self.world.sum(loss, balance)
         part, _ = parts[-1]
         metrics = {"loss": loss, "balance": balance, "epoch": self.loader.epoch}
-        return metrics | (routing_metrics(part.routing) if step % settings.routing_every == 0 else {})
+        if step % settings.routing_every == 0:
+            metrics |= routing_metrics(part.routing) | self.world.expert_metrics(part.routing)
+        return metrics
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss in nats per token, and bits per byte of the text that the targets spell."""

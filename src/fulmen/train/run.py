@@ -86,17 +86,7 @@ def train(
         objective, snapshots = trainer.objective, world.snapshots(store)
         if snapshot is not None:
             trainer.restore(snapshot.state, lambda tensors: snapshots.restore(snapshot, tensors))
-        with ExitStack() as stack:
-            log, progress = _Silent(), _Silent()
-            if world.is_first:
-                if snapshot is None:
-                    objective.keep(directory.path)
-                # From here on the run has begun.
-                write_atomic(directory.recipe, dump_recipe(recipe))
-                resumed = None if snapshot is None else snapshot.step
-                log = stack.enter_context(MetricsLog(directory, resume_step=resumed))
-                progress = stack.enter_context(Progress("train", recipe.schedule.steps, done=trainer.step))
-            stop = stack.enter_context(StopRequest())
+        with _recorded(directory, trainer, snapshot) as (log, progress), StopRequest() as stop:
             for warning in store.warnings:
                 progress.print(f"warning: {warning}")
             session = _Session(
@@ -133,6 +123,24 @@ def _entered(path: Path, world: World) -> Iterator[RunDirectory]:
 
         world.together(enter)
         yield directory
+
+
+@contextmanager
+def _recorded(
+    directory: RunDirectory, trainer: Trainer, snapshot: Snapshot | None
+) -> "Iterator[tuple[MetricsLog | _Silent, Progress | _Silent]]":
+    """What the first rank writes and shows of a run, which has begun when the block is entered."""
+    if not trainer.world.is_first:
+        yield _Silent(), _Silent()
+        return
+    if snapshot is None:
+        trainer.objective.keep(directory.path)
+    write_atomic(directory.recipe, dump_recipe(trainer.recipe))
+    with (
+        MetricsLog(directory, resume_step=None if snapshot is None else snapshot.step) as log,
+        Progress("train", trainer.recipe.schedule.steps, done=trainer.step) as progress,
+    ):
+        yield log, progress
 
 
 class _Silent:

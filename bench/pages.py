@@ -278,6 +278,15 @@ def vision_stages() -> str:
     return markdown(["after", "emoji", "digits", "words", "charts", "bits per byte of text", "seconds"], rows)
 
 
+def vision_answers() -> str:
+    """Right answers at the end, on held-out pictures and on noise in their place."""
+    rows = [
+        [row["pictures"], f"{row['held out']:.0%}", f"{row['known']:.0%}", f"{row['noise']:.0%}"]
+        for row in read("vision")["stages"][-1]["answers"]
+    ]
+    return markdown(["asked about", "held-out pictures", "known pictures, drawn anew", "noise"], rows)
+
+
 def plan_training() -> str:
     """The best mesh for each length and number of H800s; where none fits, what one would need."""
     rows: list[list[str]] = []
@@ -362,7 +371,7 @@ def plan_measured() -> str:
 
 
 GPU = (machine, peers, flatness, model, training, memory, decode, experts)
-VISION = (vision_machine, vision_encoder, vision_stages)
+VISION = (vision_machine, vision_encoder, vision_stages, vision_answers)
 SERVING = (serving_machines, clients_cpu, clients_gpu, prefix, engine, int8, load)
 
 

@@ -51,13 +51,14 @@ def step_on_a_rank(sizes, options):
     """A step of one row of 64 tokens, of equal samples, for each replica; what is counted."""
     torch.manual_seed(0)
     mesh, model = Mesh(sizes, "cpu"), LanguageModel(CONFIG)
-    parallelize(model, mesh, token_groups=options.get("groups", 1))
+    dtype = torch.bfloat16 if options.get("number") == 2 else torch.float32
+    parallelize(model, mesh, token_groups=options.get("groups", 1), dtype=dtype)
     borders = tuple(range(0, 65, 64 // options.get("samples", 1)))
     cut = Cut(borders, mesh.sizes.cp, options.get("balanced", False) and mesh.sizes.cp > 1)
     row = torch.randint(0, CONFIG.vocab_size, (1, 64))
     where = {"cache": SliceContext(CONFIG, cut, mesh.group("cp"))} if mesh.sizes.cp > 1 else {}
     mine = cut.take(row, mesh.rank("cp"))
-    with Counted() as counted:
+    with Counted() as counted, torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
         found = model.loss(mine, mine, **where, checkpoint_layers=options.get("checkpoint", False))
         found.nll.backward()
         finish_gradients(model, mesh)
@@ -65,11 +66,10 @@ def step_on_a_rank(sizes, options):
 
 
 def planned(sizes, options):
-    given = {"samples": 1, "checkpoint": False, "balanced": False, "groups": 1} | options
+    given = {"samples": 1, "checkpoint": False, "balanced": False, "groups": 1, "number": 4} | options
     placement = Placement(
         job=Job(config=CONFIG, context=64 // given["samples"], batch=64 * sizes.dp),
         sizes=sizes,
-        number=4,
         load=1.0,
         **given,
     )
@@ -87,6 +87,7 @@ CASES = {
     "tp": (2, {"tp": 2}, {}),
     "more tp than heads of keys, computed again": (4, {"tp": 4}, {"checkpoint": True}),
     "fsdp, computed again": (2, {"dp": 2}, {"checkpoint": True}),
+    "fsdp in bf16, computed again": (2, {"dp": 2}, {"number": 2, "checkpoint": True}),
     "fsdp, ep, computed again": (2, {"dp": 2, "ep": 2}, {"groups": 2, "checkpoint": True}),
     "ep x etp, computed again": (4, {"ep": 2, "etp": 2}, {"groups": 4, "checkpoint": True}),
     "cp x tp, ep": (4, {"cp": 2, "tp": 2, "ep": 4}, {"groups": 2}),

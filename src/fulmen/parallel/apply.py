@@ -3,9 +3,10 @@
 import itertools
 import warnings
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
 from fulmen.config import UserError
@@ -19,7 +20,14 @@ from fulmen.parallel.plan.job import cut_stages
 from fulmen.parallel.tensor import shard_tensors
 
 
-def parallelize(model: LanguageModel, mesh: Mesh, *, token_groups: int = 1, global_router: bool = True) -> Waits:
+def parallelize(
+    model: LanguageModel,
+    mesh: Mesh,
+    *,
+    token_groups: int = 1,
+    global_router: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Waits:
     """Spread a model, the same on every rank, over all ranks of the mesh, in place.
 
     1. Tensor parallelism cuts heads and vocabulary while every weight is still whole.
@@ -30,6 +38,8 @@ def parallelize(model: LanguageModel, mesh: Mesh, *, token_groups: int = 1, glob
 
     Gradients are sums over ranks, since each computes its share of one loss. token_groups: in which tokens travel to
     experts, one while another is computed. global_router: with a capacity, one for the tokens of all ranks together.
+    dtype: of the experts' products, in which their weights are gathered; all others, few beside them, are gathered in
+    fp32, as norms and routers need them. Gradients are summed over ranks in fp32.
     Returns what counts the time that experts wait for tokens. Raises UserError for a model that cannot be cut so.
     """
     if not isinstance(model, LanguageModel):
@@ -43,7 +53,7 @@ def parallelize(model: LanguageModel, mesh: Mesh, *, token_groups: int = 1, glob
     dims = _expert_dims(model, mesh)
     for layer in model.layers:
         if isinstance(layer, DecoderLayer):
-            _shard(layer.block_sparse_moe.experts, replicas, dims)
+            _shard(layer.block_sparse_moe.experts, replicas, dims, dtype)
             _shard(layer, dense)
     _shard(model, dense)
     register_fsdp_forward_method(model, "loss")
@@ -71,11 +81,14 @@ def _expert_dims(model: LanguageModel, mesh: Mesh) -> dict[int, int]:
     return {4: 3, 3: 1}
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, dims: dict[int, int] | None = None) -> None:
+def _shard(
+    module: nn.Module, mesh: DeviceMesh, dims: dict[int, int] | None = None, dtype: torch.dtype = torch.float32
+) -> None:
     # A layer's output is a view of what its experts give; nobody here changes it in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor", module="torch.distributed.fsdp")
     placement = None if dims is None else lambda parameter: Shard(dims[parameter.ndim])
-    fully_shard(module, mesh=mesh, shard_placement_fn=placement)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(module, mesh=mesh, shard_placement_fn=placement, mp_policy=policy)
     assert isinstance(module, FSDPModule)
     # Plain sums, for which gloo has no scaled form either.
     module.set_force_sum_reduction_for_comms(True)

@@ -105,11 +105,10 @@ class World:
                 "stages: make schedule.micro_batch_tokens smaller, or take fewer stages"
             )
 
-    def shard(self, model: nn.Module, *, token_groups: int = 1, global_router: bool = True) -> None:
-        """Spread a model, the same on every rank, over them all (`parallelize`)."""
+    def shard(self, model: nn.Module, **how: Any) -> None:
+        """Spread a model, the same on every rank, over them all, as `parallelize` is told."""
         if self._mesh is not None:
             with _shared():
-                how = {"token_groups": token_groups, "global_router": global_router}
                 self._waits = parallelize(model, self._mesh, **how)
             self._row = self._mesh.dense["cp", "tp"]._flatten("row").get_group()
             if self._mesh.sizes.pp > 1:

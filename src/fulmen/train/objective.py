@@ -22,10 +22,12 @@ class Objective(Protocol):
     """A model with its data and its loss: everything of a run that depends on what it trains for.
 
     model: what the optimizer updates (the parameters that require a gradient) and what snapshots hold.
-    unit: what `size` counts, in the singular: it names the metrics `batch_tokens`, `tokens`, `tokens_per_second`.
+    dtype: of the model's products. unit: what `size` counts, in the singular: it names the metrics `batch_tokens`,
+    `tokens`, `tokens_per_second`.
     """
 
     model: nn.Module
+    dtype: torch.dtype
     unit: str
     headline: Headline
 

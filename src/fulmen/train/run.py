@@ -200,7 +200,8 @@ def _prepare(recipe: Any, build: Builder, place: Place) -> Trainer:
     place.world.check_same("recipe", dump_recipe(recipe))
     place.world.check_same("place in its data", objective.state_dict())
     mesh = getattr(recipe, "mesh", MeshSection())
-    place.world.shard(objective.model, token_groups=mesh.token_groups, global_router=mesh.global_router)
+    how = {"token_groups": mesh.token_groups, "global_router": mesh.global_router, "dtype": objective.dtype}
+    place.world.shard(objective.model, **how)
     return Trainer(objective, recipe, place.device, place.world)
 
 

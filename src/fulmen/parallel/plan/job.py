@@ -17,6 +17,9 @@ from fulmen.parallel.cut import Cut
 from fulmen.parallel.mesh import MeshSizes
 from fulmen.parallel.plan.machines import Group
 
+FP32 = 4
+"""Bytes of a number: of states, sums, and weights and their gradients."""
+
 BLOCK, LOGITS_CHUNK = 64, 4096
 """Tokens: of a block of lightning attention; whose logits a GPU holds at a time (`fulmen.ops.loss`)."""
 
@@ -295,6 +298,10 @@ class Weights(NamedTuple):
     dense: int
     experts: int
     copied: int  # of the dense ones, those that all ranks of tp hold alike
+
+    def gathered(self, number: int) -> int:
+        """Bytes as FSDP gathers them: experts as products take them, in numbers of so many bytes, the rest in fp32."""
+        return self.dense * FP32 + self.experts * number
 
 
 @functools.lru_cache(maxsize=4096)

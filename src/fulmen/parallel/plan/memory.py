@@ -6,6 +6,7 @@ those that the modules of `fulmen.model` keep for their backward passes on a GPU
 
 from fulmen.model.config import LIGHTNING, SOFTMAX
 from fulmen.parallel.plan.job import (
+    FP32,
     LOGITS_CHUNK,
     Piece,
     Placement,
@@ -15,7 +16,6 @@ from fulmen.parallel.plan.job import (
     layer_weights,
     stage_weights,
 )
-from fulmen.parallel.plan.traffic import FP32
 
 
 def step_memory(placement: Placement, stage: Stage) -> dict[str, float]:
@@ -23,7 +23,7 @@ def step_memory(placement: Placement, stage: Stage) -> dict[str, float]:
     of_whole, piece, kept = (placement.job.config, placement.sizes, stage), placement.piece, _kept(placement, stage)
     weights, ends = stage_weights(*of_whole), end_weights(*of_whole)
     shard = shard_size(placement, weights) * FP32
-    whole, unit = weights.dense + weights.experts, _largest_unit(placement, stage)
+    whole, unit = weights.gathered(placement.number), _largest_unit(placement, stage)
     worst = max(set(stage.layers), key=lambda kind: activations(piece, kind))
     at_hand = piece.tokens * (placement.checkpoint * activations(piece, worst) + workspace(piece))
     return {
@@ -32,7 +32,7 @@ def step_memory(placement: Placement, stage: Stage) -> dict[str, float]:
         "gradients": max(0.0, shard - kept) if placement.micro_batches == 1 else shard,
         "AdamW's moments": 2 * shard,
         # While one layer is computed, the next one's are under way; embedding and head stay between the passes.
-        "weights gathered": placement.number * (whole if placement.keeps else min(whole, 2 * unit + ends)),
+        "weights gathered": whole if placement.keeps else min(whole, 2 * unit.gathered(placement.number) + FP32 * ends),
         "gradients not yet reduced": _unreduced(placement, weights, unit),
         "activations kept": kept,
         "a layer at hand": at_hand,
@@ -75,10 +75,10 @@ def shard_size(placement: Placement, weights: Weights) -> float:
     return weights.dense / (sizes.dp * sizes.cp) + weights.experts / sizes.edp
 
 
-def _unreduced(placement: Placement, weights: Weights, unit: int) -> float:
+def _unreduced(placement: Placement, weights: Weights, unit: Weights) -> float:
     """Sums over micro batches in fp32 where weights are kept, else those of a layer as they are made and are sent."""
     if not placement.keeps or placement.micro_batches == 1:
-        return (placement.number + FP32) * unit
+        return unit.gathered(placement.number) + FP32 * (unit.dense + unit.experts)
     sizes = placement.sizes
     return FP32 * ((sizes.dp * sizes.cp > 1) * weights.dense + (sizes.edp > 1) * weights.experts)
 
@@ -126,6 +126,6 @@ def _dispatch(piece: Piece) -> float:
     return 2 * (1 + piece.etp) * rows * piece.config.hidden_size * piece.number
 
 
-def _largest_unit(placement: Placement, stage: Stage) -> int:
+def _largest_unit(placement: Placement, stage: Stage) -> Weights:
     each = (layer_weights(placement.job.config, placement.sizes, kind) for kind in set(stage.layers))
-    return max(weights.dense + weights.experts for weights in each)
+    return max(each, key=lambda weights: weights.gathered(placement.number))

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from fulmen.config import UserError
 from fulmen.model import ModelConfig, VisionLanguageConfig
 from fulmen.model.config import DTYPE_BYTES, LIGHTNING, SOFTMAX
-from fulmen.parallel.plan.job import Piece
+from fulmen.parallel.plan.job import FP32, Piece
 from fulmen.parallel.plan.machines import Group, Machine
 from fulmen.parallel.plan.timing import layer_work
-from fulmen.parallel.plan.traffic import FP32
 from fulmen.parallel.plan.training import columns, size
 
 KEPT = "bfloat16"

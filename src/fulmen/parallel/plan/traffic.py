@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fulmen.model.config import LIGHTNING, SOFTMAX
 from fulmen.parallel.plan.job import (
+    FP32,
     LOGITS_CHUNK,
     Piece,
     Placement,
@@ -17,8 +19,8 @@ from fulmen.parallel.plan.job import (
 )
 from fulmen.parallel.plan.machines import Group, Machine, sent
 
-FP32, INT64 = 4, 8
-"""Bytes of a number: of states, sums and gradients of weights, and of counts."""
+INT64 = 8
+"""Bytes of a number: of counts."""
 
 TENSOR, CONTEXT, ROUTING = "tensor", "context", "routing"
 EXPERTS, WEIGHTS, PIPELINE = "experts", "weights", "pipeline"
@@ -141,29 +143,38 @@ def end_traffic(piece: Piece, stage: Stage, axes: dict[str, Group]) -> list[Coll
 def weight_traffic(placement: Placement, stage: Stage) -> tuple[list[Collective], list[Collective]]:
     """FSDP, forward and backward: of each micro batch, or where weights are kept of the first and the last of a step.
 
-    A layer's experts are one unit, the rest of it another, embedding and head a third that stays gathered between the
-    passes. Weights are gathered as products take them; gradients are reduced and scattered in fp32.
+    A layer's experts are one unit, gathered as products take them, the rest of it another, embedding and head a third
+    that stays gathered between the passes, both gathered in fp32. Gradients are reduced and scattered in fp32.
     """
     config, sizes = placement.job.config, placement.sizes
     dense, experts = placement.group("dp x cp"), placement.group("edp")
     units = []
     for kind in (LIGHTNING, SOFTMAX):
         weights, layers = layer_weights(config, sizes, kind), stage.layers.count(kind)
-        units += [(dense, weights.dense, layers), (experts, weights.experts, layers)]
-    layers = [unit for unit in units if unit[0].ranks > 1 and unit[2]]
+        units += [_Unit(dense, weights.dense, layers), _Unit(experts, weights.experts, layers, placement.number)]
+    layers = [unit for unit in units if unit.group.ranks > 1 and unit.count]
     ends = end_weights(config, sizes, stage)
-    both = [*layers, (dense, ends, 1)] if ends and dense.ranks > 1 else layers
-    return (
-        [_gather(placement, *unit) for unit in both],
-        [
-            *([] if placement.keeps else [_gather(placement, *unit) for unit in layers]),
-            *(Collective("gradients", WEIGHTS, "reduce_scatter", group, n * FP32, count) for group, n, count in both),
-        ],
-    )
+    both = [*layers, _Unit(dense, ends, 1)] if ends and dense.ranks > 1 else layers
+    again = [] if placement.keeps else [unit.gathered for unit in layers]
+    return [unit.gathered for unit in both], [*again, *(unit.reduced for unit in both)]
 
 
-def _gather(placement: Placement, group: Group, numbers: int, count: int) -> Collective:
-    return Collective("weights", WEIGHTS, "all_gather", group, numbers * placement.number / group.ranks, count)
+class _Unit(NamedTuple):
+    """Weights that FSDP gathers together, `count` times in a pass."""
+
+    group: Group
+    numbers: int
+    count: int
+    size: int = FP32  # bytes of a number as it is gathered
+
+    @property
+    def gathered(self) -> Collective:
+        payload = self.numbers * self.size / self.group.ranks
+        return Collective("weights", WEIGHTS, "all_gather", self.group, payload, self.count)
+
+    @property
+    def reduced(self) -> Collective:
+        return Collective("gradients", WEIGHTS, "reduce_scatter", self.group, self.numbers * FP32, self.count)
 
 
 def copied_traffic(placement: Placement, stage: Stage) -> list[Collective]:

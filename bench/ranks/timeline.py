@@ -1,6 +1,6 @@
 """What collectives take and how much of it is hidden under computation: a timeline of one rank.
 
-with Timeline() as timeline: step()
+with Timeline() as timeline: step()          # or Trace() on a GPU
 timeline.travelling, timeline.waiting        # seconds in which something travelled; in which this rank only waited
 """
 
@@ -10,7 +10,9 @@ from contextlib import ExitStack, suppress
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity
 
 from fulmen.parallel import lasp
 
@@ -57,6 +59,25 @@ class Timeline:
         """A span that ends when whoever calls this says so."""
         self._spans.append([started, started])
         return self._spans[-1]
+
+
+class Trace:
+    """The same of NCCL's, from the profiler's trace: a rank waits where its kernels alone run."""
+
+    def __enter__(self) -> "Trace":
+        self._profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA]).__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._profiler.__exit__(*error)
+        travelling, computing = [], []
+        for event in self._profiler.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("nccl:"):
+                spans = travelling if "nccl" in event.name else computing
+                spans.append((event.time_range.start / 1e6, event.time_range.end / 1e6))
+        self.travelling = _union(travelling)
+        # What either does, less what computes.
+        self.waiting = _union(travelling + computing) - _union(computing)
 
 
 class _Timed:

@@ -1,0 +1,1 @@
+"""What `bench/parallel.py` measures on each of several ranks."""

@@ -40,6 +40,7 @@ PARTS = {
     "larger": larger,
     "fsdp": fsdp,
 }
+SAME_RANKS = ("ranks", "link", "gpu", "torch")
 SLOW = ("lasp", "ring", "experts", "router")
 """What is measured over slow links."""
 
@@ -86,11 +87,16 @@ def measure(arguments: argparse.Namespace) -> None:
         if dist.get_rank() == 0:
             print(json.dumps({part: found}, indent=2), flush=True)
             if arguments.json:
-                # After each part, and beside those that a run before has measured: what comes later may fail.
-                kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-                kept |= {"machine": machine, part: found}
-                arguments.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+                keep(arguments.json, machine, part, found)
     dist.destroy_process_group()
+
+
+def keep(path: Path, machine: dict, part: str, found: list[dict]) -> None:
+    """Write what a part found, after each since a later one may fail, beside what the same ranks found before."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if any(kept.get("machine", {}).get(key) != machine.get(key) for key in SAME_RANKS):
+        kept = {}
+    path.write_text(json.dumps(kept | {"machine": machine, part: found}, indent=2) + "\n", encoding="utf-8")
 
 
 def draw(results: dict, name: str) -> None:

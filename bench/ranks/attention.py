@@ -16,14 +16,16 @@ from fulmen.parallel import Cut
 from fulmen.parallel.context import SliceContext
 from fulmen.parallel.lasp import lasp_attention, serial_lasp_attention
 from fulmen.parallel.ring import ring_attention
+from ranks import planned
 from ranks.timing import both, finish, powers, random, timed
 
 SIZES = {"cpu": dict(tokens=1024, heads=4, width=64), "cuda": dict(tokens=65536, heads=32, width=128)}
 LENGTHS = {"cpu": (2**11, 2**13), "cuda": tuple(2**power for power in (16, 18, 20, 22))}
 SAMPLES = 4
 """Of a row: each is longer than a rank's part of it on eight ranks."""
-RING_HEADS, RING_KV_HEADS, RING_UP_TO = 16, 4, 2**20
+RING_UP_TO = 2**20
 LAYER = {"cpu": "tiny", "cuda": "7b"}
+"""Whose heads and sizes longer rows have."""
 ENOUGH = 2.0
 """Seconds of a step from which it is timed once."""
 
@@ -66,9 +68,10 @@ def lengths(device: torch.device) -> list[dict]:
     """Packed rows of more and more tokens on 1, 2, ... ranks, forward and backward: ms, and how much of n times one
     rank's speed n ranks have. None: does not fit."""
     rows = []
-    for what, step_of, most in (
-        ("lightning layer", _layer_step, LENGTHS[device.type][-1]),
-        ("ring attention", _ring_step, RING_UP_TO),
+    config = ModelConfig.preset(LAYER[device.type])
+    for what, step_of, plan_of, most in (
+        ("lightning layer", _layer_step, planned.lightning_layer, LENGTHS[device.type][-1]),
+        ("ring attention", _ring_step, planned.ring, RING_UP_TO),
     ):
         memory = 0.0  # bytes of a rank for each of its tokens, as measured before
         for length in (n for n in LENGTHS[device.type] if n <= most):
@@ -80,6 +83,8 @@ def lengths(device: torch.device) -> list[dict]:
                     memory = max(memory, peak * ranks / length)
                 alone = ms if ranks == 1 else alone
                 line[f"{ranks} ranks, ms"] = ms
+                if ms and device.type == "cuda":
+                    line[f"{ranks} ranks, planned ms"] = plan_of(config, length, SAMPLES, ranks)
                 if ranks > 1 and ms and alone:
                     line[f"{ranks} ranks, efficiency"] = alone / (ranks * ms)
             rows.append(line)
@@ -151,7 +156,7 @@ def _layer_step(device: torch.device, length: int, ranks: int, group: dist.Proce
 
 
 def _ring_step(device: torch.device, length: int, ranks: int, group: dist.ProcessGroup) -> Callable[[], None]:
-    cut, rank = Cut(_borders(length), ranks, balanced=ranks > 1), dist.get_rank()
-    width = SIZES[device.type]["width"]
-    q, k, v = (random(device, 1, cut.length(rank), n, width) for n in (RING_HEADS, RING_KV_HEADS, RING_KV_HEADS))
+    config, cut = ModelConfig.preset(LAYER[device.type]), Cut(_borders(length), ranks, balanced=ranks > 1)
+    heads, tokens = (config.num_heads, config.num_kv_heads, config.num_kv_heads), cut.length(dist.get_rank())
+    q, k, v = (random(device, 1, tokens, number, config.head_dim) for number in heads)
     return lambda: both(ring_attention(q, k, v, cut, group))

@@ -3,9 +3,11 @@
 import torch
 import torch.distributed as dist
 
+from fulmen.model import ModelConfig
 from fulmen.ops.experts import route
 from fulmen.parallel.capacity import drop_rates
 from fulmen.parallel.experts import spread_experts_mlp
+from ranks import planned
 from ranks.check import expert_groups
 from ranks.timing import both, random, timed
 
@@ -30,10 +32,19 @@ def experts(device: torch.device) -> list[dict]:
             def step(ep=ep, etp=etp, x=x, w13=w13, w2=w2, routing=routing, groups=groups) -> None:
                 both(spread_experts_mlp(x, w13, w2, routing, ep=ep, etp=etp, groups=groups))
 
-            rows.append({"mesh": name, "groups": groups} | timed(step, device))
+            row = {"mesh": name, "groups": groups} | timed(step, device)
+            if device.type == "cuda":
+                row["planned ms"] = planned.expert_layer(_config(sizes), sizes["tokens"], ep.size(), etp.size(), groups)
+            rows.append(row)
             if dist.get_rank() == 0:
                 print(rows[-1], flush=True)
     return rows
+
+
+def _config(sizes: dict[str, int]) -> ModelConfig:
+    """Of a model with such layers, as far as the planner asks for it."""
+    keys = {"hidden_size": sizes["hidden"], "expert_size": sizes["width"], "num_experts": sizes["experts"]}
+    return ModelConfig.preset("minimax-text-01", **keys)
 
 
 def router() -> list[dict]:

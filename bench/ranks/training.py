@@ -19,11 +19,14 @@ from fulmen.bench.train import flops
 from fulmen.data import Batch, Document, PackedLoader, Tokenizer
 from fulmen.model import LanguageModel, ModelConfig
 from fulmen.parallel import Mesh, MeshSizes, World
-from fulmen.parallel.plan import MACHINES, Job, Placement, Plan
 from fulmen.train import Trainer, TrainRecipe
 from fulmen.train.language import LanguageObjective
 from fulmen.train.recipe import OptimizerSection, TokenScheduleSection, TrainSection
+from ranks import planned
 from ranks.timing import finish
+
+GROUPS = 2
+"""Of tokens in an expert layer."""
 
 SAME, TIMED, WARM = 20, 5, 2
 """Steps whose losses are compared with one rank's; that are timed, and that come before these where nothing is
@@ -51,6 +54,12 @@ class Work:
                 precision=str(self.dtype).removeprefix("torch."), capacity_factor=0.0, checkpoint_layers=self.checkpoint
             ),
         )
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """As the planner asks for it."""
+        how = {"batch": self.batch, "context": self.sample}
+        return how | {"samples": self.row // self.sample, "checkpoint": self.checkpoint}
 
     def rows(self, step: int) -> list[Batch]:
         """The same on every rank."""
@@ -112,8 +121,11 @@ def larger(device: torch.device) -> list[dict]:
     rows = []
     for name, sizes in named:
         alone = sizes is None
-        found = None if alone and dist.get_rank() else _trained(middle(), sizes, device, WARM)
-        rows.append(_shown({"mesh": name} | _cost(found)))
+        work, found = middle(), None
+        if not alone or dist.get_rank() == 0:
+            found = _trained(work, sizes, device, WARM)
+        plan = planned.step(work.config, sizes or MeshSizes().fitted(1), groups=GROUPS, **work.shape)
+        rows.append(_shown({"mesh": name} | _cost(found) | plan))
     return rows
 
 
@@ -124,12 +136,9 @@ def fsdp(device: torch.device) -> list[dict]:
     work, sizes = large(world), MeshSizes(dp=world).fitted(world)
     found = _cost(_trained(work, sizes, device, WARM))
     rate, speed = matrix_rate(), work.batch / world / (found["ms"] / 1e3)
-    job = Job(config=work.config, context=work.sample, batch=work.batch)
-    placement = Placement(job=job, sizes=sizes, samples=work.row // work.sample, load=1.0)
-    plan = Plan(placement, MACHINES["H200" if "H200" in torch.cuda.get_device_name() else "H100"])
     row = {"mesh": f"dp {world}"} | found | {"tokens/s of a GPU": speed, "matrix TFLOP/s": rate / 1e12}
     row |= {"share of the matrix rate": speed * flops(work.config, work.sample) / rate}
-    row |= {"planned ms": 1e3 * plan.estimate.seconds, "planned MB of a rank": plan.needs / 1e6}
+    row |= planned.step(work.config, sizes, **work.shape)
     return [_shown(row)]
 
 
@@ -185,7 +194,7 @@ def _trainer(work: Work, world: World | None, device: torch.device) -> Trainer:
     model = model.to(device)
     objective = _RandomRows(work, model, device, world)
     if world is not None:
-        world.shard(model, token_groups=2, dtype=objective.dtype)
+        world.shard(model, token_groups=GROUPS, dtype=objective.dtype)
     return Trainer(objective, work.recipe, device, world)
 
 

@@ -91,15 +91,15 @@ class Marked(torch.autograd.Function):
 def order_of_work():
     """What this rank does, forward and backward, where a sample crosses its edges."""
     log, inside = [], lasp._inside
-    start, fold = lasp._Exchange.start, lasp._Exchange._fold
+    start, fold = lasp._Crossing.start, lasp._Crossing._fold
 
     def noted(name, function):
         return lambda *arguments: log.append(name) or function(*arguments)
 
     with (
         mock.patch.object(lasp, "_inside", noted("inside", lambda x, *rest: inside(Marked.apply(x, log), *rest))),
-        mock.patch.object(lasp._Exchange, "start", noted("launch", start)),
-        mock.patch.object(lasp._Exchange, "_fold", noted("wait", fold)),
+        mock.patch.object(lasp._Crossing, "start", noted("launch", start)),
+        mock.patch.object(lasp._Crossing, "_fold", noted("wait", fold)),
     ):
         cut, rank = Cut((0, 24), dist.get_world_size()), dist.get_rank()
         qkv, rates, grad = whole_row((0, 24))

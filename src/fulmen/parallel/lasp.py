@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulmen.ops.lightning import silu_lightning_attention
+from fulmen.ops.lightning.crossing import add_read, sum_state
 from fulmen.parallel.collectives import ALL_GATHER
 from fulmen.parallel.cut import Cut
 
@@ -28,22 +29,13 @@ def lasp_attention(qkv: Tensor, rates: Tensor, cut: Cut, group: dist.ProcessGrou
     qkv: [1, T_r, H, 3, D], projections of the tokens that this rank of `group` holds of the row `cut`. rates: [H]. All
     ranks call it at the same time, forward and backward; where no sample crosses a rank's edge nothing is sent.
     """
-    rank = dist.get_rank(group)
-    held = cut.held(rank)
-    heads, tails = [cut.head(n) for n in held], [cut.tail(n) for n in held]
     if not cut.is_crossed:
-        return _inside(qkv, rates, cut, rank)
-    exchange = _Exchange(cut, rank, rates, group)
-    states = [_final_state(qkv, rates, None if tail is None else cut.place(rank, tail)) for tail in tails]
-    sent = _Send.apply(torch.stack(states), qkv, exchange)
+        return _inside(qkv, rates, cut, dist.get_rank(group))
+    crossing = _Crossing(cut, rates, group)
+    ticket = _Leave.apply(qkv, crossing)
     # Between the two, so that it is computed while the states travel, and backward while their gradients do.
-    out = _inside(qkv, rates, cut, rank)
-    entering = _Receive.apply(sent, exchange)
-    out = _Attach.apply(out, entering)
-    for state, head in zip(entering, heads, strict=True):
-        if head is not None:
-            out = _add_entering(out, qkv, rates, state, cut.place(rank, head))
-    return out
+    out = _inside(qkv, rates, cut, dist.get_rank(group))
+    return _Enter.apply(out, qkv, ticket, crossing)
 
 
 def serial_lasp_attention(qkv: Tensor, rates: Tensor, cut: Cut, group: dist.ProcessGroup) -> Tensor:
@@ -73,61 +65,49 @@ def _inside(qkv: Tensor, rates: Tensor, cut: Cut, rank: int) -> Tensor:
     return out
 
 
-def _final_state(qkv: Tensor, rates: Tensor, tail: slice | None) -> Tensor:
-    """sum_j exp(-s (n - 1 - j)) k_j v_j^T over the n tokens of a tail, [H, K, V]; zeros without one."""
-    if tail is None:
-        heads, width = qkv.shape[2], qkv.shape[4]
-        return torch.zeros(heads, width, width, dtype=_state_dtype(qkv), device=qkv.device)
-    k, v = F.silu(qkv[0, tail, :, 1:]).unbind(2)
-    ages = torch.arange(len(k) - 1, -1, -1, device=k.device)
-    return _SumStates.apply(k, v, _decay(rates, ages))
+class _Crossing:
+    """States [m, H, K, V] fp32 of a rank's segments under way: one all-gather, and the fold of what belongs here.
 
+    Once forward and once backward, with gradients. heads, tails: of the parts that a state enters, and that leave one,
+    (which of the rank's segments, place among its tokens).
+    """
 
-def _add_entering(out: Tensor, qkv: Tensor, rates: Tensor, state: Tensor, head: slice) -> Tensor:
-    """`out` [1, T_r, H, D] with exp(-s (t + 1)) q_t^T S added for the tokens t of a head."""
-    q = F.silu(qkv[0, head, :, 0])
-    ages = torch.arange(1, len(q) + 1, device=q.device)
-    added = out[:, head] + _ReadState.apply(q, state, _decay(rates, ages))
-    return torch.cat([out[:, : head.start], added, out[:, head.stop :]], dim=1)
-
-
-def _decay(rates: Tensor, ages: Tensor) -> Tensor:
-    """exp(-s age), [n, H, 1]."""
-    return torch.exp(-ages[:, None] * rates)[..., None]
-
-
-def _state_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-class _Exchange:
-    """One all-gather of states [m, H, K, V] fp32 and the fold of what belongs to this rank, forward and backward."""
-
-    def __init__(self, cut: Cut, rank: int, rates: Tensor, group: dist.ProcessGroup):
-        self._group, self._order = group, [n for r in range(cut.ranks) for n in cut.held(r)]
-        numbers = cut.held(rank)
+    def __init__(self, cut: Cut, rates: Tensor, group: dist.ProcessGroup):
+        rank = dist.get_rank(group)
+        held, self.rates, self._group = cut.held(rank), rates, group
+        self._count = len(held)
+        self.heads, self.tails = (
+            [(i, cut.place(rank, part)) for i, part in enumerate(map(find, held)) if part is not None]
+            for find in (cut.head, cut.tail)
+        )
+        self._order = [n for r in range(cut.ranks) for n in cut.held(r)]
         distances = cut.distances(later=range(len(cut.segments)))  # [S, S]: to row, from column
-        self._into = self._weights(distances[numbers], rates)
-        self._out_of = self._weights(distances[:, numbers].T, rates)
+        self._into = self._weights(distances[held])
+        self._out_of = self._weights(distances[:, held].T)
 
-    def start(self, mine: Tensor) -> None:
-        """Launch the gathering of what this rank gives, [m, H, K, V]."""
-        self._mine = mine.contiguous()  # alive as long as it travels
-        self._all = mine.new_empty(len(self._order), *mine.shape[1:])
-        self._work = ALL_GATHER(self._all, self._mine, self._group, async_op=True)
+    def new_states(self, qkv: Tensor) -> Tensor:
+        """Zeros, for this rank's segments."""
+        heads, width = qkv.shape[2], qkv.shape[4]
+        return torch.zeros(self._count, heads, width, width, dtype=_state_dtype(qkv), device=qkv.device)
+
+    def start(self, states: Tensor) -> None:
+        """Launch the gathering of what this rank gives."""
+        self._mine = states  # alive as long as it travels
+        self._all = states.new_empty(len(self._order), *states.shape[1:])
+        self._work = ALL_GATHER(self._all, states, self._group, async_op=True)
 
     def entering(self) -> Tensor:
-        """What enters each of this rank's segments, [m, H, K, V]."""
+        """What enters each of this rank's segments."""
         return self._fold(self._into)
 
     def leaving(self) -> Tensor:
-        """Of gradients of what enters: those of this rank's own states, [m, H, K, V]."""
+        """Of gradients of what enters: those of this rank's own states."""
         return self._fold(self._out_of)
 
-    def _weights(self, distances: Tensor, rates: Tensor) -> Tensor:
+    def _weights(self, distances: Tensor) -> Tensor:
         """exp(-s distance), zero where there is none: [m, S, H], the segments in the order of the gathered ones."""
-        distances = distances[:, self._order].to(rates.device)[..., None]
-        return torch.exp(-rates * distances.clamp(min=0)) * (distances >= 0)
+        distances = distances[:, self._order].to(self.rates.device)[..., None]
+        return torch.exp(-self.rates * distances.clamp(min=0)) * (distances >= 0)
 
     def _fold(self, weights: Tensor) -> Tensor:
         self._work.wait()
@@ -136,92 +116,61 @@ class _Exchange:
         return folded
 
 
-class _Send(torch.autograd.Function):
-    """Launches the exchange. `anchor` lets every rank take part in the backward pass, whether it has states or not."""
+class _Leave(torch.autograd.Function):
+    """Sums the states that a rank's tokens leave and sends them; backward, waits for their gradients."""
 
     @staticmethod
-    def forward(ctx, states: Tensor, anchor: Tensor, exchange: _Exchange):
-        ctx.exchange = exchange
-        exchange.start(states)
-        return states.view_as(states)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_sent: Tensor):
-        return ctx.exchange.leaving(), None, None
-
-
-class _Receive(torch.autograd.Function):
-    """Waits for the exchange; backward, launches that of the gradients."""
-
-    @staticmethod
-    def forward(ctx, sent: Tensor, exchange: _Exchange):
-        ctx.exchange = exchange
-        return exchange.entering()
+    def forward(ctx, qkv: Tensor, crossing: _Crossing):
+        ctx.crossing = crossing
+        ctx.save_for_backward(qkv)
+        states = crossing.new_states(qkv)
+        for i, place in crossing.tails:
+            k, v = F.silu(qkv[0, place, :, 1:]).unbind(2)
+            states[i] = sum_state(k, v, crossing.rates)
+        crossing.start(states)
+        return qkv.new_empty(0)  # for `_Enter`, whose backward pass so comes before this one's
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_entering: Tensor):
-        ctx.exchange.start(d_entering)
-        return d_entering, None  # what `_Send` gets it does not read: it waits for the exchange
+    def backward(ctx, _):
+        (qkv,), crossing, d_qkv = ctx.saved_tensors, ctx.crossing, ctx.crossing.d_qkv
+        del crossing.d_qkv
+        d_states = crossing.leaving()
+        for i, place in crossing.tails:
+            k, v = F.silu(qkv[0, place, :, 1:]).unbind(2)
+            _, d_k, d_v = d_qkv[0, place].unbind(2)
+            add_read(d_k, v, d_states[i].mT, crossing.rates, reverse=True)
+            add_read(d_v, k, d_states[i], crossing.rates, reverse=True)
+        return torch.ops.aten.silu_backward(d_qkv, qkv), None
 
 
-class _Attach(torch.autograd.Function):
-    """x, made to depend on what it may have no use for, so that the backward pass comes by there on every rank."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, other: Tensor):
-        ctx.shape, ctx.dtype = other.shape, other.dtype
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_x: Tensor):
-        return d_x, d_x.new_zeros(ctx.shape, dtype=ctx.dtype)
-
-
-class _SumStates(torch.autograd.Function):
-    """sum_n decay_n k_n v_n^T in fp32 of k [n, H, K], v [n, H, V], decay [n, H, 1]: [H, K, V]."""
+class _Enter(torch.autograd.Function):
+    """Waits for the states and adds to `out`, in place, what enters; backward, sends the gradients of that."""
 
     @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, decay: Tensor):
-        decayed = (k * decay).to(k.dtype)
-        ctx.save_for_backward(decayed, v, decay)
-        return _outer(decayed, v)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_state: Tensor):
-        decayed, v, decay = ctx.saved_tensors
-        d_state = d_state.to(v.dtype)
-        return (_read(v, d_state.mT) * decay).to(v.dtype), _read(decayed, d_state), None
-
-
-class _ReadState(torch.autograd.Function):
-    """decay_n q_n^T S of q [n, H, K], S [H, K, V] fp32: [n, H, V], the dtype of q."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, state: Tensor, decay: Tensor):
-        decayed = (q * decay).to(q.dtype)
-        ctx.save_for_backward(decayed, state, decay)
-        return _read(decayed, state.to(q.dtype))
+    def forward(ctx, out: Tensor, qkv: Tensor, ticket: Tensor, crossing: _Crossing):
+        entering = crossing.entering()
+        ctx.crossing = crossing
+        ctx.save_for_backward(qkv, entering)
+        ctx.mark_dirty(out)
+        for i, place in crossing.heads:
+            add_read(out[0, place], F.silu(qkv[0, place, :, 0]), entering[i], crossing.rates)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor):
-        decayed, state, decay = ctx.saved_tensors
-        d_q = (_read(d_out, state.to(d_out.dtype).mT) * decay).to(d_out.dtype)
-        return d_q, _outer(decayed, d_out).to(state.dtype), None
+        (qkv, entering), crossing = ctx.saved_tensors, ctx.crossing
+        d_entering = crossing.new_states(qkv)
+        for i, place in crossing.heads:
+            d_entering[i] = sum_state(F.silu(qkv[0, place, :, 0]), d_out[0, place], crossing.rates, reverse=True)
+        crossing.start(d_entering)
+        # `_Leave` puts the gradients of keys and values beside these of queries: one tensor instead of two.
+        crossing.d_qkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+        for i, place in crossing.heads:
+            add_read(crossing.d_qkv[0, place, :, 0], d_out[0, place], entering[i].mT, crossing.rates)
+        return d_out, None, qkv.new_empty(0), None
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """sum_n a_n b_n^T: [n, H, K], [n, H, V] to [H, K, V] fp32; a GPU's narrow products are not rounded on the way."""
-    a, b = a.permute(1, 2, 0), b.transpose(0, 1)
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.to(_state_dtype(a)), b.to(_state_dtype(b)))
-
-
-def _read(a: Tensor, state: Tensor) -> Tensor:
-    """a_n^T S: [n, H, K], [H, K, V] to [n, H, V]."""
-    return torch.bmm(a.transpose(0, 1), state).transpose(0, 1)
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -116,11 +116,11 @@ def _stage(placement: Placement, stage: Stage, machine: Machine) -> tuple[Span, 
     forward = backward = EMPTY
     for kind in sorted(set(stage.layers)):
         count = stage.layers.count(kind)
-        forward = forward.plus(_layer(piece, kind, machine, key, FORWARD), count)
+        forward = forward.plus(layer_span(piece, kind, machine, key, FORWARD), count)
         if placement.checkpoint:
-            again = _layer(piece, kind, machine, key, AGAIN)
+            again = layer_span(piece, kind, machine, key, AGAIN)
             backward = backward.plus(Span(Counter({COMPUTED_AGAIN: again.work.total()}), *again[1:]), count)
-        backward = backward.plus(_layer(piece, kind, machine, key, BACKWARD), count)
+        backward = backward.plus(layer_span(piece, kind, machine, key, BACKWARD), count)
     ends = end_traffic(piece, stage, axes)
     work = _head(piece, machine) if stage.is_last else Counter()
     # The head's gradients are computed forward, where the logits are.
@@ -128,7 +128,7 @@ def _stage(placement: Placement, stage: Stage, machine: Machine) -> tuple[Span, 
 
 
 @functools.lru_cache(maxsize=4096)
-def _layer(piece: Piece, kind: str, machine: Machine, axes: tuple[Group, ...], which: str) -> Span:
+def layer_span(piece: Piece, kind: str, machine: Machine, axes: tuple[Group, ...], which: str) -> Span:
     """Of one layer's pass."""
     work = layer_work(piece, kind, machine, 2 if which == BACKWARD else 1)
     records = layer_traffic(piece, kind, which, {group.axis: group for group in axes})

@@ -1,0 +1,1 @@
+"""The tables of the pages, a file for each subject; `TABLES` of each has them by name."""

@@ -1,0 +1,74 @@
+"""States that cross a border beside sums over tokens in float64; the GPU's kernels under Triton's interpreter too."""
+
+import pytest
+import torch
+
+from fulmen.ops import gpu
+from fulmen.ops.lightning.crossing import add_read, sum_state
+
+HEADS, KEYS, VALUES = 3, 32, 64
+LENGTHS = (1, 5, 64, 150)
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+RATES = torch.tensor([0.5, 0.03, 0.001], device=DEVICE)
+
+
+def kernels(name):
+    triton = pytest.importorskip("fulmen.ops.lightning.triton", reason="needs the triton package")
+    return getattr(triton, f"triton_{name}")
+
+
+def sum_state_by_kernel(b, c, rates, *, reverse=False):
+    return kernels("sum_state")(b, c, rates, reverse=reverse)
+
+
+def add_read_by_kernel(out, a, state, rates, *, reverse=False):
+    kernels("add_read")(out, a, state, rates, reverse=reverse)
+
+
+def weights(count, later):
+    ages = torch.arange(count, dtype=torch.float64) + 1 if later else torch.arange(count - 1, -1, -1.0).double()
+    return torch.exp(-ages[:, None] * RATES.cpu().double())
+
+
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])).to(DEVICE)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("function", [sum_state, sum_state_by_kernel])
+def test_the_state_that_tokens_leave(function, length, reverse):
+    b, c = random(length, HEADS, KEYS), random(length, HEADS, VALUES)
+    expected = torch.einsum("th,thk,thv->hkv", weights(length, reverse), b.double().cpu(), c.double().cpu())
+    found = function(b, c, RATES, reverse=reverse)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("function", [add_read, add_read_by_kernel])
+def test_what_tokens_read_is_added(function, length, reverse):
+    # Every third of a row of projections, as the queries' gradients lie, and a state the other way round.
+    row, a = random(length, HEADS, 3, VALUES), random(length, HEADS, KEYS)
+    state = random(HEADS, VALUES, KEYS).mT
+    read = torch.einsum("th,thk,hkv->thv", weights(length, not reverse), a.double().cpu(), state.double().cpu())
+    expected = row.double().cpu()
+    expected[:, :, 1] += read
+    function(row[:, :, 1], a, state, RATES, reverse=reverse)
+    torch.testing.assert_close(row.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpu_takes_its_kernels(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(gpu, "serves", lambda x: True)
+    taken = []
+    for name in ("sum_state", "add_read"):
+        monkeypatch.setattr(f"fulmen.ops.lightning.triton.triton_{name}", lambda *a, n=name, **k: taken.append(n))
+    b, c, state = random(5, HEADS, KEYS), random(5, HEADS, VALUES), random(HEADS, KEYS, VALUES)
+    sum_state(b, c, RATES)
+    add_read(c, b, state, RATES)
+    assert taken == ["sum_state", "add_read"]
+    add_read(c[..., :7], b, state[..., :7], RATES)  # of a width that they do not take
+    assert taken == ["sum_state", "add_read"]

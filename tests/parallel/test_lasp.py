@@ -1,6 +1,7 @@
 """LASP+ over ranks against lightning attention of the whole row on one."""
 
 import itertools
+from contextlib import ExitStack
 from unittest import mock
 
 import pytest
@@ -74,33 +75,21 @@ def test_the_serial_form_gives_the_same():
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
-class Marked(torch.autograd.Function):
-    """Notes when the gradient of what is computed within a rank's tokens has been computed."""
-
-    @staticmethod
-    def forward(ctx, x, log):
-        ctx.log = log
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, d_x):
-        ctx.log.append("inside")
-        return d_x, None
-
-
 def order_of_work():
     """What this rank does, forward and backward, where a sample crosses its edges."""
-    log, inside = [], lasp._inside
-    start, fold = lasp._Crossing.start, lasp._Crossing._fold
+    log = []
 
     def noted(name, function):
         return lambda *arguments: log.append(name) or function(*arguments)
 
-    with (
-        mock.patch.object(lasp, "_inside", noted("inside", lambda x, *rest: inside(Marked.apply(x, log), *rest))),
-        mock.patch.object(lasp._Crossing, "start", noted("launch", start)),
-        mock.patch.object(lasp._Crossing, "_fold", noted("wait", fold)),
-    ):
+    with ExitStack() as patches:
+        for owner, name, said in (
+            (lasp._Crossing, "start", "launch"),
+            (lasp, "forward_pass", "inside"),
+            (lasp, "backward_pass", "inside"),
+            (lasp._Crossing, "_fold", "wait"),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, noted(said, getattr(owner, name))))
         cut, rank = Cut((0, 24), dist.get_world_size()), dist.get_rank()
         qkv, rates, grad = whole_row((0, 24))
         lasp_attention(cut.take(qkv, rank), rates, cut, dist.group.WORLD).backward(cut.take(grad, rank))

@@ -142,16 +142,15 @@ class TestPieces:
     @pytest.mark.parametrize("cp", [2, 4, 16])
     def test_the_ring_of_one_sample(self, cp):
         ring = Piece(config=SMALL, context=4096, cp=cp, balanced=False).ring
-        assert (ring.is_crossed, ring.steps, ring.hops) == (True, cp - 1, (cp - 1) / 2)
-        assert (ring.tokens, ring.homecomings) == (4096 // cp, ring.hops)
+        assert (ring.is_crossed, ring.steps, ring.sends, ring.tokens) == (True, cp - 1, (cp - 1) / 2, 4096 // cp)
         assert ring.imbalance == pytest.approx((2 * cp - 1) / cp, rel=1e-3)
         balanced = Piece(config=SMALL, context=4096, cp=cp).ring
-        assert (balanced.hops, balanced.homecomings, balanced.steps) == (cp - 1, cp - 1, cp - 1)
+        assert (balanced.sends, balanced.steps) == (cp - 1, cp - 1)
         assert balanced.imbalance == pytest.approx(1)
 
     def test_samples_that_end_with_ranks_send_nothing(self):
         piece = Piece(config=SMALL, context=1024, samples=4, cp=4, balanced=False)
-        assert (piece.ring.is_crossed, piece.ring.hops, piece.ring.imbalance) == (False, 0, 1)
+        assert (piece.ring.is_crossed, piece.ring.sends, piece.ring.imbalance) == (False, 0, 1)
         placement = place(4, context=1024, sizes={"cp": 4}, samples=4, balanced=False)
         traffic = step_traffic(placement, placement.stages[0])
         assert {record.group.axis for record in traffic} == {"dp x cp", "edp"}

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulmen.ops.lightning import silu_lightning_attention
-from fulmen.ops.lightning.crossing import add_read, sum_state
+from fulmen.ops.lightning.context import Context
+from fulmen.ops.lightning.parts import add_read, backward_pass, forward_pass, sum_state
 from fulmen.parallel.collectives import ALL_GATHER
 from fulmen.parallel.cut import Cut
 
@@ -29,13 +30,10 @@ def lasp_attention(qkv: Tensor, rates: Tensor, cut: Cut, group: dist.ProcessGrou
     qkv: [1, T_r, H, 3, D], projections of the tokens that this rank of `group` holds of the row `cut`. rates: [H]. All
     ranks call it at the same time, forward and backward; where no sample crosses a rank's edge nothing is sent.
     """
-    if not cut.is_crossed:
-        return _inside(qkv, rates, cut, dist.get_rank(group))
-    crossing = _Crossing(cut, rates, group)
-    ticket = _Leave.apply(qkv, crossing)
-    # Between the two, so that it is computed while the states travel, and backward while their gradients do.
-    out = _inside(qkv, rates, cut, dist.get_rank(group))
-    return _Enter.apply(out, qkv, ticket, crossing)
+    if cut.is_crossed:
+        return _LaspAttention.apply(qkv, _Crossing(cut, rates, group))
+    borders = torch.tensor(cut.local_borders(dist.get_rank(group)), dtype=torch.int32)
+    return silu_lightning_attention(qkv, rates, cu_seqlens=borders)[0] if len(borders) > 1 else F.silu(qkv[..., 2, :])
 
 
 def serial_lasp_attention(qkv: Tensor, rates: Tensor, cut: Cut, group: dist.ProcessGroup) -> Tensor:
@@ -56,15 +54,6 @@ def serial_lasp_attention(qkv: Tensor, rates: Tensor, cut: Cut, group: dist.Proc
     return out
 
 
-def _inside(qkv: Tensor, rates: Tensor, cut: Cut, rank: int) -> Tensor:
-    """Attention of a rank's tokens among themselves."""
-    borders = cut.local_borders(rank)
-    if len(borders) == 1:
-        return F.silu(qkv[..., 2, :])  # no token at all
-    out, _ = silu_lightning_attention(qkv, rates, cu_seqlens=torch.tensor(borders, dtype=torch.int32))
-    return out
-
-
 class _Crossing:
     """States [m, H, K, V] fp32 of a rank's segments under way: one all-gather, and the fold of what belongs here.
 
@@ -75,7 +64,7 @@ class _Crossing:
     def __init__(self, cut: Cut, rates: Tensor, group: dist.ProcessGroup):
         rank = dist.get_rank(group)
         held, self.rates, self._group = cut.held(rank), rates, group
-        self._count = len(held)
+        self._count, self._borders = len(held), cut.local_borders(rank)
         self.heads, self.tails = (
             [(i, cut.place(rank, part)) for i, part in enumerate(map(find, held)) if part is not None]
             for find in (cut.head, cut.tail)
@@ -89,6 +78,18 @@ class _Crossing:
         """Zeros, for this rank's segments."""
         heads, width = qkv.shape[2], qkv.shape[4]
         return torch.zeros(self._count, heads, width, width, dtype=_state_dtype(qkv), device=qkv.device)
+
+    def attend(self, active: Tensor) -> tuple[Tensor, Context | None, tuple[Tensor, ...]]:
+        """Of a rank's tokens among themselves, `parts.forward_pass`."""
+        if len(active):
+            return forward_pass(active, self.rates, self._borders)
+        return active[:, :, 2].clone(), None, ()
+
+    def attend_backward(
+        self, d_out: Tensor, active: Tensor, context: Context | None, kept: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Its `parts.backward_pass`."""
+        return backward_pass(d_out, active, context, kept) if len(active) else active.clone()
 
     def start(self, states: Tensor) -> None:
         """Launch the gathering of what this rank gives."""
@@ -116,60 +117,41 @@ class _Crossing:
         return folded
 
 
-class _Leave(torch.autograd.Function):
-    """Sums the states that a rank's tokens leave and sends them; backward, waits for their gradients."""
+class _LaspAttention(torch.autograd.Function):
+    """What is computed between `start` and `entering` or `leaving` is computed while the states travel."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, crossing: _Crossing):
-        ctx.crossing = crossing
-        ctx.save_for_backward(qkv)
-        states = crossing.new_states(qkv)
+        active, states = F.silu(qkv[0]), crossing.new_states(qkv)
         for i, place in crossing.tails:
-            k, v = F.silu(qkv[0, place, :, 1:]).unbind(2)
-            states[i] = sum_state(k, v, crossing.rates)
+            states[i] = sum_state(*active[place, :, 1:].unbind(2), crossing.rates)
         crossing.start(states)
-        return qkv.new_empty(0)  # for `_Enter`, whose backward pass so comes before this one's
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, _):
-        (qkv,), crossing, d_qkv = ctx.saved_tensors, ctx.crossing, ctx.crossing.d_qkv
-        del crossing.d_qkv
-        d_states = crossing.leaving()
-        for i, place in crossing.tails:
-            k, v = F.silu(qkv[0, place, :, 1:]).unbind(2)
-            _, d_k, d_v = d_qkv[0, place].unbind(2)
-            add_read(d_k, v, d_states[i].mT, crossing.rates, reverse=True)
-            add_read(d_v, k, d_states[i], crossing.rates, reverse=True)
-        return torch.ops.aten.silu_backward(d_qkv, qkv), None
-
-
-class _Enter(torch.autograd.Function):
-    """Waits for the states and adds to `out`, in place, what enters; backward, sends the gradients of that."""
-
-    @staticmethod
-    def forward(ctx, out: Tensor, qkv: Tensor, ticket: Tensor, crossing: _Crossing):
+        out, ctx.inside, kept = crossing.attend(active)
         entering = crossing.entering()
-        ctx.crossing = crossing
-        ctx.save_for_backward(qkv, entering)
-        ctx.mark_dirty(out)
         for i, place in crossing.heads:
-            add_read(out[0, place], F.silu(qkv[0, place, :, 0]), entering[i], crossing.rates)
-        return out
+            add_read(out[place], active[place, :, 0], entering[i], crossing.rates)
+        ctx.crossing = crossing
+        ctx.save_for_backward(qkv, entering, *kept)
+        return out[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor):
-        (qkv, entering), crossing = ctx.saved_tensors, ctx.crossing
-        d_entering = crossing.new_states(qkv)
+        (qkv, entering, *kept), crossing, d_out = ctx.saved_tensors, ctx.crossing, d_out[0]
+        active, d_entering = F.silu(qkv[0]), crossing.new_states(qkv)
         for i, place in crossing.heads:
-            d_entering[i] = sum_state(F.silu(qkv[0, place, :, 0]), d_out[0, place], crossing.rates, reverse=True)
+            d_entering[i] = sum_state(active[place, :, 0], d_out[place], crossing.rates, reverse=True)
         crossing.start(d_entering)
-        # `_Leave` puts the gradients of keys and values beside these of queries: one tensor instead of two.
-        crossing.d_qkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+        d_active = crossing.attend_backward(d_out, active, ctx.inside, kept)
         for i, place in crossing.heads:
-            add_read(crossing.d_qkv[0, place, :, 0], d_out[0, place], entering[i].mT, crossing.rates)
-        return d_out, None, qkv.new_empty(0), None
+            add_read(d_active[place, :, 0], d_out[place], entering[i].mT, crossing.rates)
+        d_states = crossing.leaving()
+        for i, place in crossing.tails:
+            _, k, v = active[place].unbind(2)
+            _, d_k, d_v = d_active[place].unbind(2)
+            add_read(d_k, v, d_states[i].mT, crossing.rates, reverse=True)
+            add_read(d_v, k, d_states[i], crossing.rates, reverse=True)
+        return torch.ops.aten.silu_backward(d_active, qkv[0])[None], None
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:

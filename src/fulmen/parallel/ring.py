@@ -1,9 +1,13 @@
 """Varlen ring attention: softmax attention of a packed row that is cut over ranks (minimax-01.md, section 8).
 
 The row is cut as a whole, wherever samples begin and end. Keys of other ranks are what the heads of segments need,
-parts of samples that began in an earlier segment; everything else is attention within a rank. The keys of each rank's
-tails go round, from rank to rank, as far as someone needs them, and the next ones travel while those at hand are
-computed. Backward they go the same way round, and each rank sends its part of their gradients home.
+parts of samples that began in an earlier segment; everything else is attention within a rank. In step s each rank gives
+the keys of its tails to the one s ranks further round the ring, if that needs them, and takes those of the one s ranks
+before; steps in which nobody needs any are left out. The next keys travel while those at hand are computed. Backward
+keys go the same way, and each rank sends its part of their gradients home.
+
+Keys come straight from their owner and are not handed on: a rank that has much to compute with some would else keep
+them from the next one for as long.
 """
 
 import itertools
@@ -63,9 +67,10 @@ class _Ring:
         pieces = (slice(*ends) for ends in itertools.pairwise(cut.local_borders(rank)))
         self.others = [piece for piece in pieces if piece not in self.heads]
         self._needed = self._steps_needed()
+        self.steps = sorted(set().union(*self._needed))
 
     def owner(self, step: int) -> int:
-        """Whose keys are here after so many steps."""
+        """Whose keys come in a step."""
         return (self.rank - step) % self.cut.ranks
 
     def blocks(self, owner: int) -> list[_Block]:
@@ -78,21 +83,19 @@ class _Ring:
         return found
 
     def walk(self, mine: Tensor, visit: Callable[[int, Tensor | None], None]) -> None:
-        """`visit(step, keys)` of this rank's own [2, n, H_kv, D] at step 0, and of those that come by at each later
-        one, None if there are none; as many steps as any keys go."""
-        here: Tensor | None = mine
-        for step in range(1 + max(max(steps, default=0) for steps in self._needed)):
-            following, coming = self.owner(step + 1), None
-            sends = [(here, self.rank + 1)] if self._goes_on(self.owner(step), step) else []
-            if self._goes_on(following, step):
-                coming = mine.new_empty(2, self._num_keys(following), *mine.shape[2:])
-            travelling = self._exchange(sends, [] if coming is None else [(coming, self.rank - 1)])
-            if self.overlap:
-                visit(step, here)
-            _wait(travelling)
+        """`visit(step, keys)` of this rank's own [2, n, H_kv, D] at step 0, and of those that come at each later one,
+        None if there are none."""
+        keys, works = mine, []
+        for step, following in itertools.pairwise([0, *self.steps, None]):
+            _wait(works)
+            coming, next_works = None, []
+            if following is not None:
+                coming, next_works = self._launch(following, mine)
             if not self.overlap:
-                visit(step, here)
-            here = coming
+                _wait(next_works)
+                next_works = []
+            visit(step, keys)
+            keys, works = coming, next_works
 
     def send_home(self, step: int, gradients: Tensor | None, mine: Tensor) -> tuple[Tensor | None, list[dist.Work]]:
         """Send gradients of the keys that are here to their owner, as others do of this rank's keys, shaped as `mine`.
@@ -103,16 +106,20 @@ class _Ring:
         coming = torch.empty_like(mine) if step in self._needed[self.rank] else None
         return coming, self._exchange(sends, [] if coming is None else [(coming, self.rank + step)])
 
-    def _goes_on(self, owner: int, step: int) -> bool:
-        """Whether an owner's keys go farther than so many steps."""
-        return step < max(self._needed[owner], default=0)
+    def _launch(self, step: int, mine: Tensor) -> tuple[Tensor | None, list[dist.Work]]:
+        """Give this rank's keys to the one that takes them in this step, and take another's."""
+        owner, coming = self.owner(step), None
+        sends = [(mine, self.rank + step)] if step in self._needed[self.rank] else []
+        if step in self._needed[owner]:
+            coming = mine.new_empty(2, self._num_keys(owner), *mine.shape[2:])
+        return coming, self._exchange(sends, [] if coming is None else [(coming, owner)])
 
     def _num_keys(self, owner: int) -> int:
         tails = (self.cut.tail(number) for number in self.cut.held(owner))
         return sum(tail.end - tail.start for tail in tails if tail is not None)
 
     def _steps_needed(self) -> list[set[int]]:
-        """After how many steps the keys of each rank come to those that need them, its own needs left out."""
+        """In which steps the keys of each rank go to those that need them, its own needs left out."""
         ranks, needed = self.cut.ranks, [set() for _ in range(self.cut.ranks)]
         distances = self.cut.distances(later=range(len(self.cut.segments)))
         for later, earlier in torch.nonzero(distances >= 0).tolist():
@@ -139,9 +146,11 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, others: Tensor, q: Tensor, k: Tensor, v: Tensor, ring: _Ring):
-        seen = [attend_block(q[0, head], k[0, head], v[0, head], causal=True) for head in ring.heads]
+        seen: list[Attended] = []
 
         def visit(step: int, keys: Tensor | None) -> None:
+            if step == 0:
+                seen.extend(attend_block(q[0, head], k[0, head], v[0, head], causal=True) for head in ring.heads)
             for head, part in ring.blocks(ring.owner(step)):
                 block = attend_block(q[0, ring.heads[head]], *keys[:, part], causal=False)
                 seen[head] = merge(seen[head], block)
@@ -175,19 +184,16 @@ class _Gradients:
     """Those of a rank's q, k and v [T_r, heads, D], summed in fp32 while the keys go round once more."""
 
     def __init__(self, ring: _Ring, d_out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], seen: list[Attended]):
-        self._ring, self._d_out, self._q, self._seen = ring, d_out, inputs[0], seen
+        self._ring, self._d_out, self._inputs, self._seen = ring, d_out, inputs, seen
         self._dots = [row_dots(each.out, d_out[head]) for head, each in zip(ring.heads, seen, strict=True)]
         self._sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
         self._own = _tails(*(x[None] for x in self._sums[1:]), ring.tails)  # of this rank's keys, by all who saw them
         self._arriving: tuple[Tensor | None, list[dist.Work]] = None, []
-        for head, place in enumerate(ring.heads):
-            for total, grad in zip(
-                self._sums, self._of_block(head, *(x[place] for x in inputs[1:]), True), strict=True
-            ):
-                total[place] += grad
 
     def visit(self, step: int, keys: Tensor | None) -> None:
         """Add this rank's part in the gradients of the keys that are here, and of what it asks of them."""
+        if step == 0:
+            self._add_within_heads()
         blocks = self._ring.blocks(self._ring.owner(step))
         d_keys = torch.zeros_like(keys, dtype=self._own.dtype) if blocks else None
         for head, part in blocks:
@@ -200,6 +206,12 @@ class _Gradients:
         elif blocks:
             self._own += d_keys
 
+    def _add_within_heads(self) -> None:
+        for head, place in enumerate(self._ring.heads):
+            grads = self._of_block(head, *(x[place] for x in self._inputs[1:]), True)
+            for total, grad in zip(self._sums, grads, strict=True):
+                total[place] += grad
+
     def finish(self) -> list[Tensor]:
         """The sums, when all have sent what they have."""
         self._take_arrived()
@@ -209,9 +221,8 @@ class _Gradients:
         return self._sums
 
     def _of_block(self, head: int, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        place = self._ring.heads[head]
-        rest = (self._seen[head], self._dots[head])
-        return attend_block_backward(self._d_out[place], self._q[place], k, v, *rest, causal=causal)
+        place, rest = self._ring.heads[head], (self._seen[head], self._dots[head])
+        return attend_block_backward(self._d_out[place], self._inputs[0][place], k, v, *rest, causal=causal)
 
     def _take_arrived(self) -> None:
         arrived, works = self._arriving

@@ -2,10 +2,11 @@
 
 import functools
 import json
-import types
 
 import pytest
 import torch
+
+from fulmen.ops.lightning.context import Context
 
 INTERPRETED = not torch.cuda.is_available()
 
@@ -107,41 +108,6 @@ def test_cpu_tensors_are_refused(gpu_device, make_case, monkeypatch):
         triton_lightning_attention(*make_case(8, key_dim=32, value_dim=32)[:5], None)
 
 
-@pytest.mark.parametrize(
-    ("heads", "samples", "name"),
-    [(64, 1, "wide"), (32, 1, "narrow"), (16, 1, "wide"), (8, 1, "wide"), (32, 2, "wide"), (8, 4, "narrow")],
-)
-def test_default_tiling_of_an_h100(gpu_device, heads, samples, name):
-    from fulmen.ops.lightning.triton import candidates, default_tiling
-
-    tiling = default_tiling(torch.bfloat16, 128, 128, heads * samples, processors=132)
-    assert tiling == candidates(torch.bfloat16, 128, 128)[name]
-
-
-@pytest.mark.parametrize(("dtype", "key_dim", "value_dim"), [(torch.float32, 64, 64), (torch.float16, 32, 256)])
-def test_no_choice_of_tilings(gpu_device, dtype, key_dim, value_dim):
-    from fulmen.ops.lightning.triton import candidates, default_tiling
-
-    (only,) = candidates(dtype, key_dim, value_dim).values()
-    assert {default_tiling(dtype, key_dim, value_dim, walks, processors=132) for walks in (1, 32, 1000)} == {only}
-
-
-@pytest.mark.parametrize(
-    ("is_cuda", "size", "is_compiling", "worth"),
-    [
-        (True, 2**16, False, True),
-        (False, 2**16, False, False),
-        (True, 2**16 - 1, False, False),
-        (True, 2**16, True, False),
-    ],
-)
-def test_when_tilings_are_timed(gpu_device, monkeypatch, is_cuda, size, is_compiling, worth):
-    from fulmen.ops.lightning import triton
-
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
-    assert triton._is_worth_a_trial(types.SimpleNamespace(is_cuda=is_cuda), size) == worth
-
-
 class Trials(list):
     """Passes of every timed run, on a clock that likes one tiling; `file` holds the answers."""
 
@@ -156,7 +122,7 @@ class Trials(list):
 def trials(gpu_device, tmp_path, monkeypatch):
     """Every call is worth a trial, in a new process as it were, and the clock is the test's."""
     from fulmen.ops.gpu import tuning
-    from fulmen.ops.lightning import triton
+    from fulmen.ops.lightning import tiling, triton
 
     trials, tilings = Trials(tmp_path / "fulmen" / "choices-test.json", "narrow"), []
 
@@ -164,7 +130,7 @@ def trials(gpu_device, tmp_path, monkeypatch):
         original = getattr(triton._Lightning, name)
 
         def call(context, *arguments):
-            if isinstance(context, triton._Trial):
+            if isinstance(context, Context):
                 trials[-1].append(name)
             return original(context, *arguments)
 
@@ -173,7 +139,7 @@ def trials(gpu_device, tmp_path, monkeypatch):
     def seconds(run):
         trials.append([])
         run()
-        return 1.0 if tilings[-1] == triton.candidates(torch.float16, 32, 32)[trials.fastest] else 2.0
+        return 1.0 if tilings[-1] == tiling.candidates(torch.float16, 32, 32)[trials.fastest] else 2.0
 
     def trial(*arguments, **options):
         tilings.append(arguments[4])
@@ -184,8 +150,8 @@ def trials(gpu_device, tmp_path, monkeypatch):
     watch("backward")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(triton, "_trial", trial)
-    monkeypatch.setattr(triton, "_book", lambda _: trials.file.name)
-    monkeypatch.setattr(triton, "_is_worth_a_trial", lambda *_: True)
+    monkeypatch.setattr(tiling, "_book", lambda _: trials.file.name)
+    monkeypatch.setattr(tiling, "is_worth_a_trial", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "gpu_seconds", seconds)
     tuning._taken.cache_clear()
@@ -203,13 +169,13 @@ QUESTION = "torch.float16 K=32 V=32 heads=3 tokens=64 samples=2"
 
 
 def test_the_fastest_tiling_is_taken(trials, half_case):
-    from fulmen.ops.lightning import triton
+    from fulmen.ops.lightning import tiling, triton
 
-    tiling = triton.candidates(torch.float16, 32, 32)["narrow"]
+    narrow = tiling.candidates(torch.float16, 32, 32)["narrow"]
     chosen = half_case.results(triton.triton_lightning_attention)
     assert trials == [["forward", "backward"]] * 3
     assert trials.answers() == {f"{QUESTION} forward and backward": "narrow"}
-    expected = half_case.results(functools.partial(triton.triton_lightning_attention, tiling=tiling))
+    expected = half_case.results(functools.partial(triton.triton_lightning_attention, tiling=narrow))
     trials.fastest = "shallow"
     again = half_case.results(triton.triton_lightning_attention)
     assert len(trials) == 3
@@ -247,10 +213,10 @@ def test_trials_of_silu_leave_no_trace(trials):
 def test_nothing_is_timed_while_a_graph_is_recorded(trials, half_case, monkeypatch):
     """The default is taken then, and by later calls of this process too."""
     from fulmen.ops.gpu import tuning
-    from fulmen.ops.lightning import triton
+    from fulmen.ops.lightning import tiling, triton
 
-    asked, narrow = [], triton.candidates(torch.float16, 32, 32)["narrow"]
-    monkeypatch.setattr(triton, "default_tiling", lambda *arguments: asked.append(arguments) or narrow)
+    asked, narrow = [], tiling.candidates(torch.float16, 32, 32)["narrow"]
+    monkeypatch.setattr(tiling, "default_tiling", lambda *arguments: asked.append(arguments) or narrow)
     with torch.no_grad():
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         triton.triton_lightning_attention(*half_case[:6])
@@ -282,12 +248,6 @@ def test_a_tiling_too_large_for_the_gpu_loses(trials, half_case, monkeypatch):
     assert list(trials.answers().values()) == ["wide"]
 
 
-def test_questions_are_few(gpu_device):
-    from fulmen.ops.lightning.triton import _rounded
-
-    assert [_rounded(n, 64) for n in (1, 2, 3, 63, 64, 65, 10**6)] == [1, 2, 2, 32, 64, 64, 64]
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU: too long for the interpreter")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-3), (torch.float16, 5e-3), (torch.float32, 1e-5)])
@@ -315,7 +275,7 @@ def test_long_on_a_gpu(make_case, compare, poisoned_memory, length, borders, dty
 def test_tilings_are_timed_on_a_gpu(make_case, tmp_path, monkeypatch):
     """Once for all calls alike, and a recorded graph computes what the calls beside it do, bit for bit."""
     from fulmen.ops.gpu import tuning
-    from fulmen.ops.lightning import triton
+    from fulmen.ops.lightning import tiling, triton
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuning._taken.cache_clear()
@@ -336,5 +296,5 @@ def test_tilings_are_timed_on_a_gpu(make_case, tmp_path, monkeypatch):
     assert torch.equal(recorded, out)
     assert len(timed) == 6
     (file,) = (tmp_path / "fulmen").iterdir()
-    assert set(json.loads(file.read_text()).values()) <= triton.candidates(torch.bfloat16, 128, 128).keys()
+    assert set(json.loads(file.read_text()).values()) <= tiling.candidates(torch.bfloat16, 128, 128).keys()
     tuning._taken.cache_clear()

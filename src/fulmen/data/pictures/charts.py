@@ -7,14 +7,18 @@ from PIL import Image, ImageDraw
 
 from fulmen.data.pictures.drawing import INKS, PAPERS, Colour, open_font, other
 from fulmen.data.pictures.picture import Picture, Question
-from fulmen.data.pictures.words import WORDS
 
 COUNT = 4096
 BARS = (3, 6)
 VALUES = range(1, 16)
-LABELS = tuple(word for word in WORDS if len(word) <= 4)
+# What a chart counts by: its bars are some of one row, in the row's order.
+ROWS = (
+    ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"),
+    ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"),
+    tuple("ABCDEFGHJKLM"),
+)
 SIZE = (224, 112)
-FONT, FONT_SIZES = "DejaVuSans", (11, 13)
+FONT, FONT_SIZES = "DejaVuSans", (14, 17)
 
 
 class ChartPictures:
@@ -29,7 +33,9 @@ class ChartPictures:
     def example(self, number: int, variant: int) -> Picture:
         content = Random(self.name_of(number))
         count = content.randint(*BARS)
-        bars = dict(zip(content.sample(LABELS, count), content.sample(VALUES, count), strict=True))
+        row = content.choice(ROWS)
+        labels = [row[place] for place in sorted(content.sample(range(len(row)), count))]
+        bars = dict(zip(labels, content.sample(VALUES, count), strict=True))
         rng = Random(f"{self.name_of(number)}#{variant}")
         ink, paper = rng.choice(list(INKS)), rng.choice(list(PAPERS))
         listed = ", ".join(f"{label} {value}" for label, value in bars.items())

@@ -5,6 +5,7 @@ file derives the formulas.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulmen.ops.cpu import training
+from fulmen.ops.lightning.context import Context
 from fulmen.ops.packing import sample_borders
 
 # Elements of one operand that a segment of blocks may hold: about what stays in a CPU's outer cache, or fills a GPU.
@@ -36,24 +38,49 @@ def chunked_lightning_attention(
     `block` tokens form a block and `segment` blocks are computed at a time; the result depends on neither beyond
     rounding. Products run in the inputs' dtype, states are summed in fp32 (fp64 for fp64 inputs).
     """
-    batch, length, heads, key_dim = q.shape
-    value_dim = v.shape[3]
+    batch, length, heads, _ = q.shape
     borders = sample_borders(batch, length, cu_seqlens)
-    longest = max(b - a for a, b in itertools.pairwise(borders))
-    if block is None:
-        block = min(64 if max(key_dim, value_dim) <= 64 else 128, 1 << (longest - 1).bit_length())
-    if segment is None:
-        room = SEGMENT_ELEMENTS.get(q.device.type, SEGMENT_ELEMENTS["cuda"])
-        segment = max(1, room // (block * heads * max(key_dim, value_dim)))
-    blocks = Blocks.cut(borders, block, segment, q.device)
+    flat = [x.reshape(batch * length, heads, -1) for x in (q, k, v)]
+    blocks = _cut(flat[0], flat[2], borders, block, segment)
     if state is None:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        state = torch.zeros(len(borders) - 1, heads, key_dim, value_dim, dtype=dtype, device=q.device)
-    flat = (x.reshape(batch * length, heads, -1) for x in (q, k, v))
+        state = _zero_states(flat[0], flat[2], len(borders) - 1)
     # Autocast would take the states' products, which are in fp32 on purpose, down to bf16.
     with torch.autocast(q.device.type, enabled=False):
         out, final = _Chunked.apply(*flat, rates, state, blocks)
-    return out.view(batch, length, heads, value_dim), final
+    return out.view(batch, length, heads, -1), final
+
+
+def forward_pass(qkv: Tensor, rates: Tensor, borders: Sequence[int]) -> tuple[Tensor, Context, tuple[Tensor, ...]]:
+    """See `fulmen.ops.lightning.parts.forward_pass`."""
+    q, k, v = qkv.unbind(2)
+    context, initial = Context(), _zero_states(q, v, len(borders) - 1)
+    with torch.autocast(q.device.type, enabled=False):
+        out, _ = _Chunked.forward(context, q, k, v, rates, initial, _cut(q, v, list(borders)))
+    return out, context, context.take_saved()[3:]
+
+
+def backward_pass(d_out: Tensor, qkv: Tensor, context: Context, kept: tuple[Tensor, ...]) -> Tensor:
+    """See `fulmen.ops.lightning.parts.backward_pass`."""
+    context.save_for_backward(*qkv.unbind(2), *kept)
+    d_q, d_k, d_v, *_ = _Chunked.backward(context, d_out, torch.zeros_like(kept[1]))
+    return torch.stack([d_q, d_k, d_v], dim=2)
+
+
+def _cut(q: Tensor, v: Tensor, borders: list[int], block: int | None = None, segment: int | None = None) -> "Blocks":
+    """The blocks of q [tokens, H, K] and v [tokens, H, V], of sizes that suit the device where none are given."""
+    heads, width = q.shape[1], max(q.shape[2], v.shape[2])
+    if block is None:
+        longest = max(b - a for a, b in itertools.pairwise(borders))
+        block = min(64 if width <= 64 else 128, 1 << (longest - 1).bit_length())
+    if segment is None:
+        room = SEGMENT_ELEMENTS.get(q.device.type, SEGMENT_ELEMENTS["cuda"])
+        segment = max(1, room // (block * heads * width))
+    return Blocks.cut(borders, block, segment, q.device)
+
+
+def _zero_states(q: Tensor, v: Tensor, samples: int) -> Tensor:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.zeros(samples, q.shape[1], q.shape[2], v.shape[2], dtype=dtype, device=q.device)
 
 
 class Piece(NamedTuple):

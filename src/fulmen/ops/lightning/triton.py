@@ -8,8 +8,7 @@ Letters: N samples cut into M segments, H heads, K and V the widths of a, b and 
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,25 +20,12 @@ from torch.autograd.function import once_differentiable
 from triton.runtime.errors import OutOfResources
 
 from fulmen.ops.gpu import DTYPES, apply, tuning
+from fulmen.ops.lightning.context import Context
+from fulmen.ops.lightning.tiling import Tiling, choose_tiling, default_tiling, fill, processors_of
 from fulmen.ops.packing import sample_borders
 
 WIDTHS = (32, 64, 96, 128, 256)
 """Key and value widths that the kernel takes."""
-
-WORTH_A_TRIAL = 2**16
-"""Tokens times heads from which tilings are timed: fewer take an H100 less than 30 us, and launching decides."""
-
-MOST_TOKENS, MOST_SAMPLES = 2**16, 2**6
-"""Of a question about tilings: with more tokens programs only walk longer, with more samples only more of them wait."""
-
-
-class Tiling(NamedTuple):
-    """How one launch is cut: results depend on it by rounding alone."""
-
-    block: int  # C, tokens of a block
-    columns: int  # of c and the state, per program
-    warps: int
-    stages: int  # blocks in flight
 
 
 def triton_lightning_attention(
@@ -63,7 +49,7 @@ def triton_lightning_attention(
         raise ValueError(f'backend "triton" {refusal}')
     shape, values = q.shape[:3], v.shape[3]
     flat = [_rows(x.reshape(-1, *x.shape[2:])) for x in (q, k, v)]
-    return _attend(flat, shape, values, rates, state, cu_seqlens, tiling, segment)
+    return _attend(flat, shape, values, rates, state, cu_seqlens, tiling, segment, has_silu=False)
 
 
 def triton_silu_lightning_attention(
@@ -71,7 +57,23 @@ def triton_silu_lightning_attention(
 ) -> tuple[Tensor, Tensor]:
     """The same of q, k, v = SiLU(qkv) [B, T, H, 3, D], whose gradient is put together in place."""
     flat = [qkv.reshape(-1, *qkv.shape[2:])]
-    return _attend(flat, qkv.shape[:3], qkv.shape[4], rates, state, cu_seqlens, None, None)
+    return _attend(flat, qkv.shape[:3], qkv.shape[4], rates, state, cu_seqlens, None, None, has_silu=True)
+
+
+def forward_pass(qkv: Tensor, rates: Tensor, borders: Sequence[int]) -> tuple[Tensor, Context, tuple[Tensor, ...]]:
+    """See `fulmen.ops.lightning.parts.forward_pass`."""
+    launch = _launch([qkv], qkv.shape[3], rates, None, tuple(borders), None, None, False, wants_gradients=True)
+    context = Context()
+    out, _ = _Lightning.forward(context, rates.contiguous(), None, *launch, False, qkv)
+    rates, entering, _ = context.take_saved()
+    return out, context, (rates, entering)
+
+
+def backward_pass(d_out: Tensor, qkv: Tensor, context: Context, kept: tuple[Tensor, ...]) -> Tensor:
+    """See `fulmen.ops.lightning.parts.backward_pass`."""
+    context.save_for_backward(*kept, qkv)
+    d_final = torch.zeros_like(_new_states(context.segments.samples[1:], qkv[:, :, 0], qkv[:, :, 2]))
+    return _Lightning.backward(context, d_out, d_final)[-1]
 
 
 def _attend(
@@ -83,24 +85,44 @@ def _attend(
     cu_seqlens: Tensor | None,
     tiling: Tiling | None,
     segment: int | None,
+    *,
+    has_silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Of the tokens of all samples laid end to end: q, k, v, or their one tensor before SiLU; shape is [B, T, H]."""
-    batch, length, heads = shape
-    borders, rates = tuple(sample_borders(batch, length, cu_seqlens)), rates.contiguous()
+    borders, rates = tuple(sample_borders(*shape[:2], cu_seqlens)), rates.contiguous()
+    wants_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*flat, state))
+    how = (tiling, segment, has_silu)
+    launch = _launch(flat, values, rates, state, borders, *how, wants_gradients=wants_gradients)
+    out, final = apply(_Lightning, rates, state, *launch, has_silu, *flat)
+    return out.view(*shape, values), final
+
+
+def _launch(
+    flat: list[Tensor],
+    values: int,
+    rates: Tensor,
+    state: Tensor | None,
+    borders: tuple[int, ...],
+    tiling: Tiling | None,
+    segment: int | None,
+    has_silu: bool,
+    *,
+    wants_gradients: bool,
+) -> "tuple[Segments, Tiling]":
+    """How the tokens are cut; a tiling of None is the fastest one."""
+    heads, device = flat[0].shape[1], flat[0].device
 
     def cut(tiling: Tiling) -> Segments:
         programs = heads * triton.cdiv(values, tiling.columns)
-        return Segments.cut(borders, segment or _segment_length(borders, programs, flat[0].device), flat[0].device)
+        return Segments.cut(borders, segment or _segment_length(borders, programs, device), device)
 
     if tiling is None:
-        wants_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*flat, state))
 
         def seconds(tiling: Tiling) -> float:
-            return _trial(flat, rates, state, cut(tiling), tiling, backward=wants_gradients)
+            return _trial(flat, rates, state, cut(tiling), tiling, has_silu, backward=wants_gradients)
 
-        tiling = _choose_tiling(flat[0], values, len(borders) - 1, wants_gradients, seconds)
-    out, final = apply(_Lightning, rates, state, cut(tiling), tiling, *flat)
-    return out.view(*shape, values), final
+        tiling = choose_tiling(flat[0], values, len(borders) - 1, wants_gradients, seconds)
+    return cut(tiling), tiling
 
 
 def why_not(q: Tensor, v: Tensor) -> str | None:
@@ -115,68 +137,16 @@ def why_not(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def candidates(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, Tiling]:
-    """The tilings of which any may be fastest, by name."""
-    if dtype == torch.float32:
-        return {"narrow": Tiling(block=32, columns=32, warps=4, stages=1)}
-    if max(key_dim, value_dim) > 128:
-        return {"narrow": Tiling(block=64, columns=32, warps=4, stages=2)}
-    return {
-        "wide": Tiling(block=64, columns=64, warps=4, stages=3),
-        "narrow": Tiling(block=64, columns=32, warps=4, stages=3),
-        "shallow": Tiling(block=64, columns=64, warps=4, stages=2),
-    }
-
-
-@functools.cache
-def default_tiling(dtype: torch.dtype, key_dim: int, value_dim: int, walks: int, processors: int) -> Tiling:
-    """What is taken where nothing is timed; `walks` are heads times samples.
-
-    Narrow programs are slower, but more: right where they fill the GPU with whole samples and wide ones do not.
-    """
-    tilings = candidates(dtype, key_dim, value_dim)
-    first, narrow = next(iter(tilings.values())), tilings["narrow"]
-    fills = {tiling: _fill(walks * triton.cdiv(value_dim, tiling.columns), processors) for tiling in (first, narrow)}
-    return narrow if fills[narrow] and not fills[first] else first
-
-
-def _choose_tiling(
-    x: Tensor, values: int, samples: int, wants_gradients: bool, seconds: Callable[[Tiling], float]
-) -> Tiling:
-    """For x [T, H, ..., K], the first of the inputs; `seconds` times a tiling on them."""
-    tokens, heads, keys = len(x), x.shape[1], x.shape[-1]
-    default = default_tiling(x.dtype, keys, values, heads * samples, _processors(x.device))
-    if not _is_worth_a_trial(x, tokens * heads):
-        return default
-    tilings = candidates(x.dtype, keys, values)
-    if len(tilings) == 1:
-        return default
-    rounded = (_rounded(tokens, MOST_TOKENS), _rounded(samples, MOST_SAMPLES))
-    question = f"{x.dtype} K={keys} V={values} heads={heads} tokens={rounded[0]} samples={rounded[1]}"
-    question += " forward and backward" if wants_gradients else " forward"
-    # Nobody can time while launches are only recorded. What is taken then holds for the runs beside the graph too.
-    seconds = None if torch.cuda.is_current_stream_capturing() else seconds
-    default_first = dict(sorted(tilings.items(), key=lambda item: item[1] != default))
-    return tuning.choose(question, default_first, seconds, book=_book(x.device))
-
-
-@functools.cache
-def _book(device: torch.device) -> str:
-    return tuning.book_name(torch.cuda.get_device_name(device), Path(__file__))
-
-
-def _is_worth_a_trial(x: Tensor, size: int) -> bool:
-    return x.is_cuda and size >= WORTH_A_TRIAL and not torch.compiler.is_compiling()
-
-
-def _rounded(number: int, most: int) -> int:
-    """Down to a power of two, so that there are few questions."""
-    return min(most, 1 << (number.bit_length() - 1))
-
-
 @torch.no_grad()
 def _trial(
-    flat: list[Tensor], rates: Tensor, state: Tensor | None, segments: "Segments", tiling: Tiling, *, backward: bool
+    flat: list[Tensor],
+    rates: Tensor,
+    state: Tensor | None,
+    segments: "Segments",
+    tiling: Tiling,
+    has_silu: bool,
+    *,
+    backward: bool,
 ) -> float:
     """Seconds of a pass over these inputs, or of both passes; infinity if this GPU cannot run the tiling.
 
@@ -184,8 +154,8 @@ def _trial(
     """
 
     def run() -> None:
-        context = _Trial()
-        _, final = _Lightning.forward(context, rates, state, segments, tiling, *flat)
+        context = Context()
+        _, final = _Lightning.forward(context, rates, state, segments, tiling, has_silu, *flat)
         if backward:
             # Any gradient of the outputs will do; the values have its shape.
             values = flat[0][:, :, 2] if len(flat) == 1 else flat[2]
@@ -197,27 +167,11 @@ def _trial(
         return math.inf
 
 
-class _Trial:
-    """The context of passes without autograd."""
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self.saved_tensors = tensors
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _fill(programs: int, processors: int) -> bool:
-    """Whether so many programs keep the GPU busy: measured, two for three multiprocessors do."""
-    return 3 * programs >= 2 * processors
-
-
 def _segment_length(borders: tuple[int, ...], programs_per_segment: int, device: torch.device) -> int:
     """One segment a sample where samples fill the GPU, else segments of equal length, about two per multiprocessor."""
     longest = max(b - a for a, b in itertools.pairwise(borders))
-    processors = _processors(device)
-    if _fill(programs_per_segment * (len(borders) - 1), processors):
+    processors = processors_of(device)
+    if fill(programs_per_segment * (len(borders) - 1), processors):
         return longest
     share = triton.cdiv(borders[-1] * programs_per_segment, 2 * processors)
     return min(longest, max(512, triton.cdiv(share, 128) * 128))
@@ -243,12 +197,12 @@ class Segments(NamedTuple):
 
 
 class _Lightning(torch.autograd.Function):
-    """Of q, k, v [T, H, D], or of SiLU of one tensor [T, H, 3, D], which alone is kept then."""
+    """Of q, k, v [T, H, D], or of one tensor [T, H, 3, D]; with `has_silu` of its SiLU, and it alone is kept."""
 
     @staticmethod
-    def forward(ctx, rates, initial, segments: Segments, tiling: Tiling, *inputs: Tensor):
+    def forward(ctx, rates, initial, segments: Segments, tiling: Tiling, has_silu: bool, *inputs: Tensor):
         scan = _Scan(rates, segments, tiling)
-        q, k, v = _activated(inputs)
+        q, k, v = _activated(inputs, has_silu)
         entering, final = _entering(scan, k, v, initial, reverse=False)
         last = None
         if final is None:
@@ -256,7 +210,7 @@ class _Lightning(torch.autograd.Function):
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         scan(out, q, k, v, entering, last)
         ctx.save_for_backward(rates, entering, *inputs)
-        ctx.segments, ctx.tiling, ctx.has_initial = segments, tiling, initial is not None
+        ctx.segments, ctx.tiling, ctx.has_silu, ctx.has_initial = segments, tiling, has_silu, initial is not None
         return out, final
 
     @staticmethod
@@ -264,7 +218,7 @@ class _Lightning(torch.autograd.Function):
     def backward(ctx, d_out: Tensor, d_final: Tensor):
         rates, entering, *inputs = ctx.saved_tensors
         scan = _Scan(rates, ctx.segments, ctx.tiling)
-        q, k, v = _activated(inputs)
+        q, k, v = _activated(inputs, ctx.has_silu)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
         d_q, d_k, d_v = grads[0].unbind(2) if len(grads) == 1 else grads
         d_out, d_final = _rows(d_out), d_final.contiguous()
@@ -275,13 +229,15 @@ class _Lightning(torch.autograd.Function):
         scan(d_q, d_out, v, k, None if entering is None else entering.mT, None)
         scan(d_k, v, d_out, q, leaving.mT, None, reverse=True)
         scan(d_v, k, q, d_out, leaving, last, reverse=True)
-        if len(grads) == 1:
+        if ctx.has_silu:
             grads = [torch.ops.aten.silu_backward(grads[0], inputs[0])]
-        return None, d_initial if ctx.has_initial else None, None, None, *grads
+        return None, d_initial if ctx.has_initial else None, None, None, None, *grads
 
 
-def _activated(inputs) -> tuple[Tensor, Tensor, Tensor]:
-    return F.silu(inputs[0]).unbind(2) if len(inputs) == 1 else inputs
+def _activated(inputs, has_silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if len(inputs) == 3:
+        return inputs
+    return (F.silu(inputs[0]) if has_silu else inputs[0]).unbind(2)
 
 
 def _entering(
@@ -307,7 +263,7 @@ def _entering(
 def triton_sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool) -> Tensor:
     """See `fulmen.ops.lightning.crossing`: a scan without outputs, cut so that the programs fill the GPU."""
     borders, heads, values = (0, len(b)), b.shape[1], c.shape[2]
-    tiling = default_tiling(b.dtype, b.shape[2], values, heads, _processors(b.device))
+    tiling = default_tiling(b.dtype, b.shape[2], values, heads, processors_of(b.device))
     programs = heads * triton.cdiv(values, tiling.columns)
     segments = Segments.cut(borders, _segment_length(borders, programs, b.device), b.device)
     scan, (b, c) = _Scan(rates.contiguous(), segments, tiling), (_rows(b), _rows(c))

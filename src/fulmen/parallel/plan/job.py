@@ -86,14 +86,12 @@ class Piece:
 
 
 class Ring(NamedTuple):
-    """How keys go round the ranks of a row, and who computes with them; means over the ranks and what they send."""
+    """How keys go to the ranks of a row that compute with them; means over the ranks and what they send."""
 
     is_crossed: bool  # whether any sample lies on several ranks; else nothing is sent
-    hops: float  # how often a rank sends keys on
+    sends: float  # how often a rank gives its keys to another, and gets their gradients back
     tokens: float  # whose keys these are
-    homecomings: float  # how often it sends gradients to the rank whose keys they are of
-    home_tokens: float
-    steps: int  # until the last has what it needs
+    steps: int  # in which some rank does
     imbalance: float  # causal attention of the rank with most of it over the mean
 
 
@@ -102,25 +100,22 @@ def _ring(context: int, samples: int, cp: int, balanced: bool) -> Ring:
     cut = Cut(tuple(context * place for place in range(samples + 1)), cp, balanced and cp > 1)
     holders = torch.tensor([cut.holder(number) for number in range(len(cut.segments))])
     later, earlier = (cut.distances(later=range(len(cut.segments))) >= 0).nonzero().T
-    # [owner, steps]: whether somebody needs an owner's keys after so many steps; at none they are its own.
+    # [owner, step]: whether the rank so many further on needs an owner's keys; at none they are its own.
     needed = torch.zeros(cp, cp, dtype=torch.bool)
     needed[holders[earlier], (holders[later] - holders[earlier]) % cp] = True
     needed[:, 0] = False
-    hops = (needed * torch.arange(cp)).amax(dim=1)
     tails = [[cut.tail(number) for number in cut.held(rank)] for rank in range(cp)]
     given = torch.tensor([sum(tail.end - tail.start for tail in each if tail is not None) for each in tails])
     pairs = [
         sum(_causal(segment.end, context) - _causal(segment.start, context) for segment in segments)
         for segments in ([cut.segments[number] for number in cut.held(rank)] for rank in range(cp))
     ]
-    comings = needed.sum(dim=1)
+    sends = needed.sum(dim=1)
     return Ring(
         is_crossed=cut.is_crossed,
-        hops=int(hops.sum()) / cp,
-        tokens=int((given * hops).sum()) / max(1, int(hops.sum())),
-        homecomings=int(comings.sum()) / cp,
-        home_tokens=int((given * comings).sum()) / max(1, int(comings.sum())),
-        steps=int(hops.max()),
+        sends=int(sends.sum()) / cp,
+        tokens=int((given * sends).sum()) / max(1, int(sends.sum())),
+        steps=int(needed.any(dim=0).sum()),
         imbalance=max(pairs) * cp / sum(pairs),
     )
 

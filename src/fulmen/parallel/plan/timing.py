@@ -213,7 +213,7 @@ def _context_wait(piece: Piece, kind: str, seconds: float, attention: float) -> 
         return max(0.0, seconds - attention)
     ring = piece.ring
     # Those who send little wait for those who send most.
-    return max(0.0, seconds * ring.steps / ring.hops - attention * ring.steps / (ring.steps + 1))
+    return max(0.0, seconds * ring.steps / ring.sends - attention * ring.steps / (ring.steps + 1))
 
 
 def _pipelined(*seconds: float, groups: int) -> float:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fulmen.ops import gpu
-from fulmen.ops.lightning.crossing import add_read, sum_state
+from fulmen.ops.lightning import chunked, silu_lightning_attention
+from fulmen.ops.lightning.parts import add_read, backward_pass, forward_pass, sum_state
 
 HEADS, KEYS, VALUES = 3, 32, 64
 LENGTHS = (1, 5, 64, 150)
@@ -58,6 +59,27 @@ def test_what_tokens_read_is_added(function, length, reverse):
     expected[:, :, 1] += read
     function(row[:, :, 1], a, state, RATES, reverse=reverse)
     torch.testing.assert_close(row.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def by_triton():
+    return pytest.importorskip("fulmen.ops.lightning.triton", reason="needs the triton package")
+
+
+@pytest.mark.parametrize("backend", [lambda: chunked, by_triton], ids=["chunked", "triton"])
+@pytest.mark.parametrize("borders", [(0, 96), (0, 1, 40, 96)])
+def test_two_passes_are_the_attention_and_its_gradients(monkeypatch, backend, borders):
+    monkeypatch.setattr("fulmen.ops.lightning.parts._backend", lambda qkv: backend())
+    qkv, d_out = random(96, HEADS, 3, KEYS).requires_grad_(), random(96, HEADS, KEYS)
+    ends = torch.tensor(borders, dtype=torch.int32)
+    expected, _ = silu_lightning_attention(qkv[None], RATES, cu_seqlens=ends)
+    expected.backward(d_out[None])
+    with torch.no_grad():
+        active = torch.nn.functional.silu(qkv)
+        out, context, kept = forward_pass(active, RATES, borders)
+        d_active = backward_pass(d_out, active, context, kept)
+        d_qkv = torch.ops.aten.silu_backward(d_active, qkv)
+    torch.testing.assert_close(out, expected[0].detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d_qkv, qkv.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_a_gpu_takes_its_kernels(monkeypatch):

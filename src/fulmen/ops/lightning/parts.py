@@ -1,6 +1,8 @@
-"""What crosses from one part of a sample to the next: the state that a part leaves, and what an entering one adds.
+"""Lightning attention in parts: for whoever puts something between them, as those do who hold one part of a sample.
 
-For n tokens of keys b and values c, or queries a, with the decay rate s of a head:
+`forward_pass` and `backward_pass` are the two halves of the attention; and of what crosses from one part of a sample to
+the next, `sum_state` is the state that a part leaves and `add_read` what an entering one adds. For n tokens of keys b
+and values c, or queries a, with the decay rate s of a head:
 
     sum_state    S = sum_t w_t b_t c_t^T          w_t = exp(-s (n - 1 - t))
     add_read     out_t += w_t a_t^T S             w_t = exp(-s (t + 1))
@@ -8,10 +10,27 @@ For n tokens of keys b and values c, or queries a, with the decay rate s of a he
 Each is the gradient of the other with the weights the other way round, which `reverse` takes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fulmen.ops import gpu
+from fulmen.ops.lightning import chunked
+from fulmen.ops.lightning.context import Context
+
+
+def forward_pass(qkv: Tensor, rates: Tensor, borders: Sequence[int]) -> tuple[Tensor, Context, tuple[Tensor, ...]]:
+    """Outputs [n, H, D] of q, k, v = qkv [n, H, 3, D], and what `backward_pass` asks for: a context, and tensors.
+
+    borders: of the samples that the tokens are, from 0 strictly up to n; each begins with a state of zero.
+    """
+    return _backend(qkv).forward_pass(qkv, rates, borders)
+
+
+def backward_pass(d_out: Tensor, qkv: Tensor, context: Context, kept: tuple[Tensor, ...]) -> Tensor:
+    """Gradients of qkv, in a tensor of its shape that may be changed."""
+    return _backend(qkv).backward_pass(d_out, qkv, context, kept)
 
 
 def sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool = False) -> Tensor:
@@ -41,6 +60,14 @@ def _kernels_take(key: Tensor, value: Tensor) -> bool:
     from fulmen.ops.lightning.triton import why_not
 
     return why_not(key[None], value[None]) is None
+
+
+def _backend(qkv: Tensor):
+    if not _kernels_take(qkv[:, :, 0], qkv[:, :, 2]):
+        return chunked
+    from fulmen.ops.lightning import triton
+
+    return triton
 
 
 def _weights(count: int, rates: Tensor, *, later: bool) -> Tensor:

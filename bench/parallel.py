@@ -48,7 +48,7 @@ SLOW = ("lasp", "ring", "experts", "router")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, help="make so many hosts on this machine, and run on each")
-    parser.add_argument("--rate", default="400mbit", help="of each host's link, as tc writes it (default: 400mbit)")
+    parser.add_argument("--rate", help="of each host's link, as tc writes it; with --hosts, 400mbit by default")
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default: all)"
     )
@@ -61,9 +61,10 @@ def main() -> None:
     if arguments.hosts is None:
         measure(arguments)
         return
-    command = [sys.executable, __file__, "--rate", arguments.rate, "--parts", *SLOW]
+    rate = arguments.rate or "400mbit"
+    command = [sys.executable, __file__, "--rate", rate, "--parts", *SLOW]
     command += ["--json", str(arguments.json)] if arguments.json else []
-    with hosts(arguments.hosts, rate=arguments.rate) as run:
+    with hosts(arguments.hosts, rate=rate) as run:
         shared = {"WORLD_SIZE": str(arguments.hosts), "MASTER_PORT": PORT, "OMP_NUM_THREADS": "1"}
         ranks = [run(host, command, RANK=str(host), **shared) for host in range(arguments.hosts)]
         try:
@@ -100,18 +101,30 @@ def keep(path: Path, machine: dict, part: str, found: list[dict]) -> None:
 
 
 def draw(results: dict, name: str) -> None:
-    """A picture of the experts' times by groups, and one of lightning attention's by ranks."""
-    images = Path(__file__).parents[1] / "docs" / "images"
-    groups, ranks = ([row[key] for row in results[part]] for part, key in (("experts", "groups"), ("lasp", "ranks")))
-    travelling = [row["travelling, ms"] for row in results["experts"]]
-    waited = [(1 - max(0, row["hidden"])) * row["travelling, ms"] for row in results["experts"]]
-    series = {"step": [row["ms"] for row in results["experts"]], "something travels": travelling, "waited for": waited}
-    curves = {label: (groups, values) for label, values in series.items()}
-    title = f"experts over {results['machine']['link']} links"
-    plot_curves(images / f"{name}-experts.png", curves, title=title, x_label="groups of tokens", y_label="ms")
-    curves = {label: (ranks, [row[label]["ms"] for row in results["lasp"]]) for label in ("LASP+", "serial")}
-    title = f"lightning attention of one sample over {results['machine']['link']} links"
+    """Pictures of times by ranks (LASP+), by tokens (the ring), by groups of tokens (experts), and what is hidden."""
+    images, link = Path(__file__).parents[1] / "docs" / "images", results["machine"]["link"]
+    rows = results["lasp"]
+    curves = {
+        label: ([row["ranks"] for row in rows], [row[label]["ms"] for row in rows]) for label in ("LASP+", "serial")
+    }
+    title = f"lightning attention of one sample over {link} links"
     plot_curves(images / f"{name}-lasp.png", curves, title=title, x_label="ranks", y_label="ms")
+    curves = {}
+    for row in results["ring"]:
+        xs, ys = curves.setdefault(f"{row['cut']} cut{'' if row['overlap'] else ', no overlap'}", ([], []))
+        xs.append(row["tokens of a rank"])
+        ys.append(row["ms"])
+    title = f"ring attention of one sample over {link} links"
+    plot_curves(images / f"{name}-ring.png", curves, title=title, x_label="tokens of a rank", y_label="ms")
+    for key, scale, label in (("ms", 1, "ms"), ("hidden", 100, "% hidden")):
+        curves = {}
+        for row in results["experts"]:
+            xs, ys = curves.setdefault(row["mesh"], ([], []))
+            xs.append(row["groups"])
+            ys.append(scale * max(0.0, row[key]))
+        path = images / f"{name}-experts{'' if key == 'ms' else '-hidden'}.png"
+        title = f"an expert layer over {link} links"
+        plot_curves(path, curves, title=title, x_label="groups of tokens", y_label=label)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from ranks.timing import both, finish, powers, random, timed
 
 SIZES = {"cpu": dict(tokens=1024, heads=4, width=64), "cuda": dict(tokens=65536, heads=32, width=128)}
 LENGTHS = {"cpu": (2**11, 2**13), "cuda": tuple(2**power for power in (16, 18, 20, 22))}
-SAMPLES = 4
-"""Of a row: each is longer than a rank's part of it on eight ranks."""
+RING_TOKENS = {"cpu": (256, 512, 1024), "cuda": (2**13, 2**14, 2**15)}
+SAMPLES = 3
+"""Of a row, equal ones: on any number of ranks some cross a border."""
 RING_UP_TO = 2**20
 LAYER = {"cpu": "tiny", "cuda": "7b"}
 """Whose heads and sizes longer rows have."""
@@ -50,13 +51,18 @@ def lasp(device: torch.device) -> list[dict]:
 
 def ring(device: torch.device) -> list[dict]:
     """One sample over all ranks, keys travelling under the computation or before it, plain and balanced cut."""
+    return [row for tokens in RING_TOKENS[device.type] for row in _ring_rows(device, tokens)]
+
+
+def _ring_rows(device: torch.device, tokens: int) -> list[dict]:
+    """With so many tokens of each rank."""
     sizes, ranks, rows = SIZES[device.type], dist.get_world_size(), []
-    tokens = min(sizes["tokens"], 2**15)
     for balanced, overlap in ((False, False), (False, True), (True, True)):
         cut = Cut((0, tokens * ranks), ranks, balanced)
         qkv = [random(device, 1, tokens, sizes["heads"], sizes["width"]) for _ in range(3)]
         step = lambda a=(*qkv, cut, dist.group.WORLD), o=overlap: both(ring_attention(*a, overlap=o))  # noqa: E731
-        rows.append({"cut": "balanced" if balanced else "plain", "overlap": overlap} | timed(step, device))
+        row = {"tokens of a rank": tokens, "cut": "balanced" if balanced else "plain", "overlap": overlap}
+        rows.append(row | timed(step, device))
     if device.type == "cpu":
         # By the times of the same cut: without overlap all that travels is waited for.
         rows[1]["hidden"] = (rows[0]["ms"] - rows[1]["ms"]) / rows[0]["travelling, ms"]
@@ -133,7 +139,7 @@ def _most(value: float, group: dist.ProcessGroup | None) -> float:
 
 
 def _borders(length: int) -> tuple[int, ...]:
-    return tuple(length // SAMPLES * place for place in range(SAMPLES + 1))
+    return tuple(length * place // SAMPLES for place in range(SAMPLES + 1))
 
 
 def _layer_step(device: torch.device, length: int, ranks: int, group: dist.ProcessGroup) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 Module names are those of the published checkpoints, but for the stacked experts.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -50,15 +51,24 @@ class LanguageModel(nn.Module):
         if not self.lm_head.weight.is_meta:
             self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Draw all weights anew."""
+        for part in self.parts():
+            self.init_part(part)
+
+    def parts(self) -> Iterator[nn.Module]:
+        """All that has weights, in the order in which they are drawn: embedding, head, layers, last norm."""
+        yield from (self.embed_tokens, self.lm_head, *self.layers, self.norm)
+
+    @torch.no_grad()
+    def init_part(self, part: nn.Module) -> None:
+        """Draw the weights of one of `parts` anew."""
         gain = (8 * self.config.num_layers) ** -0.25
-        nn.init.xavier_normal_(self.embed_tokens.weight)
-        nn.init.xavier_normal_(self.lm_head.weight)
-        for module in self.modules():
+        for module in part.modules():
             if isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
+            elif isinstance(module, Embedding | Head):
+                nn.init.xavier_normal_(module.weight)
             elif isinstance(module, LightningAttention | SoftmaxAttention | MixtureOfExperts):
                 module.init_weights(gain)
 

@@ -17,5 +17,8 @@ class Linear(KeepsFp32, nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.register_buffer("scales", None, persistent=False)
 
+    def reset_parameters(self) -> None:
+        """Nothing: `LanguageModel` draws all its weights, and only once."""
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight if self.scales is None else Int8(self.weight, self.scales))

@@ -19,6 +19,9 @@ class Inserted(NamedTuple):
 class Embedding(nn.Embedding):
     """Tokens as vectors, with its weight [V, hidden]."""
 
+    def reset_parameters(self) -> None:
+        """Nothing, as of `Linear`."""
+
     def forward(self, tokens: Tensor, inserted: Inserted | None = None) -> Tensor:
         """[B, T, hidden]; a GPU keeps what goes from layer to layer in autocast's dtype, and each sum of it in fp32."""
         x = self.rows(tokens)

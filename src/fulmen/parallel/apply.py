@@ -14,10 +14,10 @@ from fulmen.model import LanguageModel, ModelConfig
 from fulmen.model.layer import DecoderLayer
 from fulmen.parallel.collectives import Waits
 from fulmen.parallel.mesh import Mesh
-from fulmen.parallel.moe import spread_experts
-from fulmen.parallel.pipeline import cut_layers
+from fulmen.parallel.moe import SpreadExperts, check_experts
+from fulmen.parallel.pipeline import cut_layers, stage_parts
 from fulmen.parallel.plan.job import cut_stages
-from fulmen.parallel.tensor import shard_tensors
+from fulmen.parallel.tensor import check_tensors, shard_part
 
 
 def parallelize(
@@ -28,13 +28,14 @@ def parallelize(
     global_router: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Waits:
-    """Spread a model, the same on every rank, over all ranks of the mesh, in place.
+    """Spread a model, the same on every rank, over all ranks of the mesh, in place, one of its parts after the other.
 
-    1. Tensor parallelism cuts heads and vocabulary while every weight is still whole.
-    2. Experts are cut by number and width; they are no part of what comes before.
-    3. Each stage of a pipeline keeps its layers.
-    4. FSDP2 shards whatever a rank then holds: experts over their replicas (edp), all else over dp x cp, layer by
-       layer, so that no rank ever holds more than one layer's weights whole.
+    1. A part that is on the meta device is drawn, so that no rank ever holds more than one of them whole.
+    2. What belongs to another stage of the pipeline is let go.
+    3. Tensor parallelism cuts heads and vocabulary while every weight is still whole.
+    4. Experts are cut by number and width; they are no part of what comes before.
+    5. FSDP2 shards whatever a rank then holds: experts over their replicas (edp), all else over dp x cp, layer by
+       layer, so that no more than one layer's weights are gathered at a time.
 
     Gradients are sums over ranks, since each computes its share of one loss. token_groups: in which tokens travel to
     experts, one while another is computed. global_router: with a capacity, one for the tokens of all ranks together.
@@ -44,20 +45,46 @@ def parallelize(
     """
     if not isinstance(model, LanguageModel):
         raise UserError("a model that sees trains on one rank: leave [mesh] out")
-    shard_tensors(model, mesh)
+    check_tensors(model, mesh)
+    check_experts(model, mesh, token_groups)
+    stage, borders = mesh.rank("pp"), _stage_borders(model.config, mesh.sizes.pp)
+    dense, dims, waits = mesh.dense["dp", "cp"]._flatten("dp_cp"), _expert_dims(model, mesh), Waits()
     router = mesh.dense["dp", "cp", "tp"]._flatten("tokens").get_group() if global_router else None
-    waits = spread_experts(model, mesh, groups=token_groups, router=router)
-    if mesh.sizes.pp > 1:
-        cut_layers(model, mesh.rank("pp"), _stage_borders(model.config, mesh.sizes.pp))
-    dense, replicas = mesh.dense["dp", "cp"]._flatten("dp_cp"), mesh.experts["edp"]
-    dims = _expert_dims(model, mesh)
-    for layer in model.layers:
-        if isinstance(layer, DecoderLayer):
-            _shard(layer.block_sparse_moe.experts, replicas, dims, dtype)
-            _shard(layer, dense)
+    spread = {"groups": token_groups, "router": router, "waits": waits}
+    here = set(stage_parts(model, stage, borders))
+    for part in model.parts():
+        _draw(model, part, mesh)
+        if part not in here:
+            part.to("meta")
+            continue
+        shard_part(part, mesh)
+        if isinstance(part, DecoderLayer):
+            moe = part.block_sparse_moe
+            moe.experts = SpreadExperts(moe.experts, mesh, **spread)
+            _shard(moe.experts, mesh.experts["edp"], dims, dtype)
+            _shard(part, dense)
+    cut_layers(model, stage, borders)
     _shard(model, dense)
     register_fsdp_forward_method(model, "loss")
     return waits
+
+
+def _draw(model: LanguageModel, part: nn.Module, mesh: Mesh) -> None:
+    """Give a part that is on the meta device its first weights, those that one process would draw."""
+    empty = [
+        (module, name)
+        for module in part.modules()
+        for name, p in module._parameters.items()
+        if p is not None and p.is_meta
+    ]
+    if not empty:
+        return
+    for module, name in empty:
+        parameter = module._parameters[name]
+        whole = torch.empty_like(parameter, device="cpu")
+        module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    model.init_part(part)
+    part.to(mesh.device)
 
 
 def _stage_borders(config: ModelConfig, stages: int) -> list[int]:

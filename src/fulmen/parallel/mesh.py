@@ -9,6 +9,7 @@ The last dim of each runs over neighbouring ranks, which share a host's fast lin
 import math
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -67,6 +68,12 @@ class Mesh:
         self.sizes = sizes.fitted(dist.get_world_size())
         self.dense = self._init(DENSE, device_type)
         self.experts = self._init(EXPERTS, device_type)
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        kind = self.dense.device_type
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """This rank's group along an axis of either mesh."""

@@ -20,7 +20,7 @@ def spread_experts(model: LanguageModel, mesh: Mesh, *, groups: int = 1, router:
     Returns what counts the time that all layers lose to communication. Raises UserError unless the experts and their
     width can be spread evenly, or for a number of groups below 1.
     """
-    _check(model, mesh, groups)
+    check_experts(model, mesh, groups)
     waits = Waits()
     for layer in model.layers:
         moe = layer.block_sparse_moe
@@ -64,7 +64,8 @@ def _shard(weight: Tensor, mesh: Mesh) -> nn.Parameter:
     return nn.Parameter(part, weight.requires_grad)
 
 
-def _check(model: LanguageModel, mesh: Mesh, groups: int) -> None:
+def check_experts(model: LanguageModel, mesh: Mesh, groups: int) -> None:
+    """Raise UserError for experts that cannot be spread evenly, or a number of groups below 1."""
     config, sizes = model.config, mesh.sizes
     if config.num_experts % sizes.ep:
         raise UserError(

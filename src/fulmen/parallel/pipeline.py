@@ -17,15 +17,25 @@ from fulmen.model import LanguageModel
 from fulmen.model.decoder import TrainingLoss
 
 
+def stage_parts(model: LanguageModel, stage: int, borders: Sequence[int]) -> list[nn.Module]:
+    """Of `LanguageModel.parts` what a stage has: layers borders[stage] .. borders[stage + 1] - 1, and its ends."""
+    found: list[nn.Module] = list(model.layers[borders[stage] : borders[stage + 1]])
+    if stage == 0:
+        found.append(model.embed_tokens)
+    if stage == len(borders) - 2:
+        found += [model.norm, model.lm_head]
+    return found
+
+
 def cut_layers(model: LanguageModel, stage: int, borders: Sequence[int]) -> None:
-    """Keep the layers borders[stage] .. borders[stage + 1] - 1 of a model, in place, and what lies at its ends."""
-    first, last = stage == 0, stage == len(borders) - 2
-    for number in range(len(model.layers)):
-        if not borders[stage] <= number < borders[stage + 1]:
+    """Keep what is `stage_parts` of a model, in place; of one stage nothing changes."""
+    here = set(stage_parts(model, stage, borders))
+    for number, layer in enumerate(model.layers):
+        if layer not in here:
             model.layers[number] = _Elsewhere()
-    if not first:
+    if model.embed_tokens not in here:
         model.embed_tokens = _Received()
-    if not last:
+    if model.lm_head not in here:
         model.norm, model.lm_head = nn.Identity(), _NoHead()
 
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from fulmen.config import UserError
-from fulmen.model import LanguageModel, ModelConfig
+from fulmen.model import LanguageModel
 from fulmen.model.cache import LayerCache
 from fulmen.model.layer import DecoderLayer
 from fulmen.model.lightning import LightningAttention
@@ -21,6 +21,7 @@ from fulmen.model.linear import Linear
 from fulmen.model.moe import MixtureOfExperts
 from fulmen.model.norm import RMSNorm
 from fulmen.model.softmax import SoftmaxAttention
+from fulmen.model.vocabulary import Embedding, Head
 from fulmen.ops.linear import linear
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.sequence import gather_tokens, part_lengths, scatter_sums
@@ -39,17 +40,23 @@ def shard_tensors(model: LanguageModel, mesh: Mesh) -> None:
     Raises:
         UserError: heads or vocabulary do not divide among the ranks, or the weights are in int8.
     """
+    check_tensors(model, mesh)
+    for part in model.parts():
+        shard_part(part, mesh)
+
+
+def shard_part(part: nn.Module, mesh: Mesh) -> None:
+    """One of `LanguageModel.parts`, all of which `check_tensors` has passed."""
     tp = mesh.dense["tp"]
     if tp.size() == 1:
         return
-    _check(model, tp.size())
-    group = tp.get_group()
-    for layer in model.layers:
-        (_shard_lightning if layer.is_lightning else _shard_softmax)(layer.self_attn, tp)
-        _become(layer, SplitLayer, group=group)
-    for module, kind in ((model.embed_tokens, VocabularyEmbedding), (model.lm_head, VocabularyHead)):
-        _keep_part(module, tp, ROWS)
-        _become(module, kind, group=group)
+    if isinstance(part, DecoderLayer):
+        (_shard_lightning if part.is_lightning else _shard_softmax)(part.self_attn, tp)
+        _become(part, SplitLayer, group=tp.get_group())
+    elif isinstance(part, Embedding | Head):
+        _keep_part(part, tp, ROWS)
+        kind = VocabularyEmbedding if isinstance(part, Embedding) else VocabularyHead
+        _become(part, kind, group=tp.get_group())
 
 
 def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -146,9 +153,11 @@ class _NormOverRanks(torch.autograd.Function):
         return d_x.to(x.dtype), along.flatten(0, -2).sum(dim=0).to(weight.dtype), None, None
 
 
-def _check(model: LanguageModel, ranks: int) -> None:
-    """Raise UserError for what cannot be divided."""
-    config: ModelConfig = model.config
+def check_tensors(model: LanguageModel, mesh: Mesh) -> None:
+    """Raise UserError for what cannot be divided along tp."""
+    ranks, config = mesh.sizes.tp, model.config
+    if ranks == 1:
+        return
     for name in ("num_heads", "vocab_size"):
         if (value := getattr(config, name)) % ranks:
             raise UserError(f"{name} must be a multiple of mesh.tp = {ranks}, got {value}: change either")

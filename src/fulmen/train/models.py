@@ -3,6 +3,7 @@
 Every recipe with the sections [model], [vision], [data], [train] and [export] is served.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -89,22 +90,31 @@ def with_image_token(recipe: Any, config: Config, tokenizer: Tokenizer) -> Confi
 def make_model(recipe: Any, config: Config, place: Place) -> Model:
     """The model with its first weights, those of `train.freeze` frozen.
 
-    A run that goes on takes its weights from the snapshot, wherever they once came from.
+    A run that goes on takes its weights from the snapshot, wherever they once came from. A text model that several
+    ranks are to draw is on the meta device: `World.shard` draws it part by part.
     """
     text_from, vision_from = (recipe.model.init_from, recipe.vision.init_from) if place.fresh else (None, None)
     if text_from is not None and vision_from is None:
         model = load_model(find_checkpoint(text_from), device=place.device)
+    elif isinstance(config, ModelConfig):
+        model = _text_model(config, place)
     else:
-        model = LanguageModel(config) if isinstance(config, ModelConfig) else VisionLanguageModel(config)
+        model = VisionLanguageModel(config)
     if vision_from is not None:
         model.vision_tower.vision_model = load_encoder(find_checkpoint(vision_from))
         if text_from is not None:
             model.language_model = load_model(find_checkpoint(text_from))
         # What joins them is as wide as the embeddings of the text model that is there now.
         model.init_connection()
-    model = model.to(place.device)
+    if not next(model.parameters()).is_meta:
+        model = model.to(place.device)
     freeze(model, recipe.train.freeze)
     return model
+
+
+def _text_model(config: ModelConfig, place: Place) -> LanguageModel:
+    with contextlib.nullcontext() if place.world.is_alone else torch.device("meta"):
+        return LanguageModel(config)
 
 
 def report_model(model: Model, dtype: torch.dtype, place: Place) -> None:

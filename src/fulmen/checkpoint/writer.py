@@ -1,12 +1,14 @@
 """A model as a published checkpoint: one shard at a time, under the published names, whole or not at all."""
 
+import functools
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fulmen.checkpoint.config import CONFIG_FILE, config_keys
 from fulmen.checkpoint.folder import replaced_folder, write_json
@@ -31,6 +33,7 @@ def save_model(
     max_shard_bytes: int = 5 * 2**30,
     eos_id: int | None = None,
     bos_id: int | None = None,
+    weights: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write the model, in the dtype that it has, as a checkpoint folder `path`.
 
@@ -43,6 +46,8 @@ def save_model(
         tokenizer: saved beside the weights; gives `eos_id` and `bos_id` where these are None.
         max_shard_bytes: bytes of tensors in one file, except where one tensor is larger. A checkpoint that fits in one
             file is a single one without an index.
+        weights: where the model itself is on the meta device, gives each parameter by its name, once, in the order of
+            `named_parameters`.
 
     Raises:
         UserError: the dialect cannot say what the model is; `path` holds something else than a checkpoint; the
@@ -67,7 +72,7 @@ def save_model(
     with replaced_folder(Path(path)) as draft:
         write_json(draft / CONFIG_FILE, keys)
         write_json(draft / GENERATION_FILE, {"bos_token_id": bos_id, "eos_token_id": eos_id})
-        _write_shards(model, draft, max_shard_bytes)
+        _write_shards(model, draft, max_shard_bytes, weights or model.get_parameter)
         if tokenizer is not None:
             tokenizer.save(draft)
         if llava:
@@ -77,8 +82,7 @@ def save_model(
             shutil.copymode(draft / CONFIG_FILE, file)
 
 
-def _write_shards(model: Model, folder: Path, max_shard_bytes: int) -> None:
-    parameters = dict(model.named_parameters())
+def _write_shards(model: Model, folder: Path, max_shard_bytes: int, weights: Callable[[str], Tensor]) -> None:
     shards = _split(published_pieces(model), max_shard_bytes, text_model(model).embed_tokens.weight.itemsize)
     count = len(shards)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
@@ -86,10 +90,12 @@ def _write_shards(model: Model, folder: Path, max_shard_bytes: int) -> None:
         names = [SINGLE_FILE]
     else:
         weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
-        total = sum(parameter.nbytes for parameter in parameters.values())
+        total = sum(parameter.nbytes for parameter in model.parameters())
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    # One at a time, as a parameter of several pieces may end in another file.
+    weight = functools.lru_cache(maxsize=1)(lambda name: weights(name).detach())
     for name, shard in zip(names, shards, strict=True):
-        tensors = {piece.name: parameters[piece.parameter].detach()[piece.index].contiguous() for piece in shard}
+        tensors = {piece.name: weight(piece.parameter)[piece.index].contiguous() for piece in shard}
         save_file(tensors, folder / name, METADATA)
 
 

@@ -1,6 +1,7 @@
 """The one function that spreads a model over a mesh, in the order that its parts need."""
 
 import itertools
+import logging
 import warnings
 
 import torch
@@ -30,7 +31,8 @@ def parallelize(
 ) -> Waits:
     """Spread a model, the same on every rank, over all ranks of the mesh, in place, one of its parts after the other.
 
-    1. A part that is on the meta device is drawn, so that no rank ever holds more than one of them whole.
+    1. A part that is on the meta device is drawn, so that beside embedding and head, which are sharded last, no rank
+       ever holds more than one of them whole.
     2. What belongs to another stage of the pipeline is let go.
     3. Tensor parallelism cuts heads and vocabulary while every weight is still whole.
     4. Experts are cut by number and width; they are no part of what comes before.
@@ -47,6 +49,8 @@ def parallelize(
         raise UserError("a model that sees trains on one rank: leave [mesh] out")
     check_tensors(model, mesh)
     check_experts(model, mesh, token_groups)
+    # Norms and checkpoints gather over several dims of the mesh in turn, and every rank would be told so.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     stage, borders = mesh.rank("pp"), _stage_borders(model.config, mesh.sizes.pp)
     dense, dims, waits = mesh.dense["dp", "cp"]._flatten("dp_cp"), _expert_dims(model, mesh), Waits()
     router = mesh.dense["dp", "cp", "tp"]._flatten("tokens").get_group() if global_router else None

@@ -22,6 +22,7 @@ from fulmen.parallel.apply import parallelize
 from fulmen.parallel.capacity import drop_rate, sum_counts
 from fulmen.parallel.context import SliceContext
 from fulmen.parallel.cut import Cut
+from fulmen.parallel.gather import GatheredWeights
 from fulmen.parallel.gradients import total_norm
 from fulmen.parallel.mesh import Mesh, MeshSizes
 from fulmen.parallel.pipeline import Pipeline, Rows, without_gradients
@@ -225,21 +226,25 @@ class World:
             raise SharedError(error)
         return value
 
-    def whole(self, model: LanguageModel) -> LanguageModel | None:
-        """The model with all its weights, on the first rank; None elsewhere."""
+    def save(self, model: nn.Module, write: Callable[..., None]) -> None:
+        """`write(model)`, or where the model is spread `write(model, weights=...)` on the first rank.
+
+        There the model is on the meta device, and `weights` gathers each parameter by its name, once, in the order of
+        `named_parameters`, so that no rank holds more than one of them whole. A UserError is raised on all ranks.
+        """
         if self._mesh is None:
-            return model
-        tensors = {name: parameter.full_tensor().cpu() for name, parameter in model.named_parameters()}
-        stages = [None] * self._mesh.sizes.pp
-        dist.all_gather_object(stages, tensors, group=self._mesh.group("pp"))
-        tensors = {name: tensor for stage in stages for name, tensor in stage.items()}
-        if not self.is_first:
-            return None
-        copy = LanguageModel(model.config)
-        with torch.no_grad():
-            for name, parameter in copy.named_parameters():
-                parameter.copy_(tensors[name].reshape(parameter.shape))
-        return copy
+            write(model)
+            return
+        gathered = GatheredWeights(model, self._mesh)
+
+        def work() -> None:
+            try:
+                if self.is_first:
+                    write(gathered.described, weights=gathered.take)
+            finally:
+                gathered.take_rest()
+
+        self.together(work)
 
     def snapshots(self, store: SnapshotStore) -> "WholeSnapshots | ShardedSnapshots":
         """What saves into a run's store and restores from it."""

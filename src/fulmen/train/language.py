@@ -3,6 +3,7 @@
 The documents may have images, which a vision-language model sees; nothing else about it differs.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -135,8 +136,8 @@ class LanguageObjective:
 
     def export(self, checkpoint: Path) -> None:
         """Write the model with its tokenizer."""
-        if (model := self.world.whole(self.model)) is not None:
-            save_model(model, checkpoint, dialect=self.recipe.export.dialect, tokenizer=self.tokenizer)
+        how = {"dialect": self.recipe.export.dialect, "tokenizer": self.tokenizer}
+        self.world.save(self.model, functools.partial(save_model, path=checkpoint, **how))
 
     def _loss(self, batch: Batch, **arguments: Any) -> TrainingLoss:
         if isinstance(self.model, VisionLanguageModel):

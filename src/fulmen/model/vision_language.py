@@ -34,6 +34,10 @@ class VisionLanguageModel(nn.Module):
     Module names are the published ones. Weights are drawn from torch's global generator.
     """
 
+    encodes_together = False
+    """Whether other ranks encode at the same time (`fulmen.parallel`): then each does so once in every pass, if only a
+    blank crop, and all weights take part."""
+
     def __init__(self, config: VisionLanguageConfig):
         super().__init__()
         self.config = config
@@ -90,15 +94,27 @@ class VisionLanguageModel(nn.Module):
         ranges = [torch.arange(placed.start, placed.start + placed.count) for placed in images]
         places = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
         self._check(tokens, images, places)
-        if not images:
+        if not (images or self.encodes_together):
             return None
+        vectors = self._vectors(images) if images else self._blank()
+        if self.encodes_together:
+            vectors = torch.cat([vectors, self.image_newline[None].to(vectors.dtype)])[: len(places)]
+        return Inserted(places.to(tokens.device, non_blocking=True), vectors)
+
+    def _vectors(self, images: Sequence[PlacedImage]) -> Tensor:
+        """Features of all places, [their number, hidden]."""
         unique = list({id(placed.image): placed.image for placed in images}.values())
         features = dict(zip(map(id, unique), self.encode_images(unique), strict=True))
         parts = [
             whole if len(whole := features[id(placed.image)]) == placed.count else whole[placed.first :][: placed.count]
             for placed in images
         ]
-        return Inserted(places.to(tokens.device, non_blocking=True), torch.cat(parts))
+        return torch.cat(parts)
+
+    def _blank(self) -> Tensor:
+        """Features of a crop that shows nothing."""
+        size = self.config.vision.image_size
+        return self._project(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.image_newline.device))[0]
 
     def _check(self, tokens: Tensor, images: Sequence[PlacedImage], places: Tensor) -> None:
         for placed in images:
@@ -119,7 +135,8 @@ class VisionLanguageModel(nn.Module):
         device = self.image_newline.device
         # One by one, because a GPU puts them together faster than the host does.
         crops = torch.cat([image.crops.to(device, non_blocking=True) for image in images])
-        groups = [crops] if torch.is_grad_enabled() else crops.split(CROPS_AT_ONCE)
+        at_once = torch.is_grad_enabled() or self.encodes_together
+        groups = [crops] if at_once else crops.split(CROPS_AT_ONCE)
         projected = [self._project(group) for group in groups]
         features = projected[0] if len(projected) == 1 else torch.cat(projected)
         return self._arrange_all(features.split([len(image.crops) for image in images]), images)

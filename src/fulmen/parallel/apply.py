@@ -10,19 +10,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
+from fulmen.checkpoint.names import Model, text_model
 from fulmen.config import UserError
-from fulmen.model import LanguageModel, ModelConfig
+from fulmen.model import LanguageModel, ModelConfig, VisionLanguageModel
 from fulmen.model.layer import DecoderLayer
 from fulmen.parallel.collectives import Waits
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.moe import SpreadExperts, check_experts
-from fulmen.parallel.pipeline import cut_layers, stage_parts
+from fulmen.parallel.pipeline import cut_layers, leave_out_vision, stage_parts
 from fulmen.parallel.plan.job import cut_stages
 from fulmen.parallel.tensor import check_tensors, shard_part
 
 
 def parallelize(
-    model: LanguageModel,
+    model: Model,
     mesh: Mesh,
     *,
     token_groups: int = 1,
@@ -39,25 +40,27 @@ def parallelize(
     5. FSDP2 shards whatever a rank then holds: experts over their replicas (edp), all else over dp x cp, layer by
        layer, so that no more than one layer's weights are gathered at a time.
 
+    Of a model that sees, this is its text model; the image encoder and what joins the two are on the first stage alone,
+    each rank of which encodes the images in its own tokens, and FSDP shards them over dp x cp.
+
     Gradients are sums over ranks, since each computes its share of one loss. token_groups: in which tokens travel to
     experts, one while another is computed. global_router: with a capacity, one for the tokens of all ranks together.
     dtype: of the experts' products, in which their weights are gathered; all others, few beside them, are gathered in
     fp32, as norms and routers need them. Gradients are summed over ranks in fp32.
     Returns what counts the time that experts wait for tokens. Raises UserError for a model that cannot be cut so.
     """
-    if not isinstance(model, LanguageModel):
-        raise UserError("a model that sees trains on one rank: leave [mesh] out")
-    check_tensors(model, mesh)
-    check_experts(model, mesh, token_groups)
+    text = text_model(model)
+    check_tensors(text, mesh)
+    check_experts(text, mesh, token_groups)
     # Norms and checkpoints gather over several dims of the mesh in turn, and every rank would be told so.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    stage, borders = mesh.rank("pp"), _stage_borders(model.config, mesh.sizes.pp)
-    dense, dims, waits = mesh.dense["dp", "cp"]._flatten("dp_cp"), _expert_dims(model, mesh), Waits()
+    stage, borders = mesh.rank("pp"), _stage_borders(text.config, mesh.sizes.pp)
+    dense, dims, waits = mesh.dense["dp", "cp"]._flatten("dp_cp"), _expert_dims(text, mesh), Waits()
     router = mesh.dense["dp", "cp", "tp"]._flatten("tokens").get_group() if global_router else None
     spread = {"groups": token_groups, "router": router, "waits": waits}
-    here = set(stage_parts(model, stage, borders))
-    for part in model.parts():
-        _draw(model, part, mesh)
+    here = set(stage_parts(text, stage, borders))
+    for part in text.parts():
+        _draw(text, part, mesh)
         if part not in here:
             part.to("meta")
             continue
@@ -67,10 +70,22 @@ def parallelize(
             moe.experts = SpreadExperts(moe.experts, mesh, **spread)
             _shard(moe.experts, mesh.experts["edp"], dims, dtype)
             _shard(part, dense)
-    cut_layers(model, stage, borders)
+    cut_layers(text, stage, borders)
+    if isinstance(model, VisionLanguageModel):
+        _spread_vision(model, stage, dense)
     _shard(model, dense)
     register_fsdp_forward_method(model, "loss")
     return waits
+
+
+def _spread_vision(model: VisionLanguageModel, stage: int, dense: DeviceMesh) -> None:
+    if stage > 0:
+        leave_out_vision(model)
+    else:
+        model.encodes_together = True
+        _shard(model.vision_tower, dense)
+    _shard(model.language_model, dense)
+    register_fsdp_forward_method(model.language_model, "loss")
 
 
 def _draw(model: LanguageModel, part: nn.Module, mesh: Mesh) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fulmen.config import UserError
+from fulmen.data.images import PlacedImage
 
 
 class Segment(NamedTuple):
@@ -136,6 +137,19 @@ class Cut:
                 return slice(before + part.start - segment.start, before + part.end - segment.start)
             before += segment.end - segment.start
         raise ValueError(f"rank {rank} does not hold {part}")
+
+    def take_images(self, images: Sequence[PlacedImage], rank: int) -> tuple[PlacedImage, ...]:
+        """Of images in the row the pieces that a rank holds, where they lie among its tokens."""
+        found, before = [], 0
+        for number in self.held(rank):
+            begin, end = self.segments[number]
+            for placed in images:
+                first, last = max(begin, placed.start), min(end, placed.start + placed.count)
+                if first < last:
+                    skipped = placed.first + first - placed.start
+                    found.append(PlacedImage(placed.image, before + first - begin, skipped, last - first))
+            before += end - begin
+        return tuple(found)
 
     @cached_property
     def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,17 +3,24 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from fulmen.model import LanguageModel
+from fulmen.checkpoint.names import Model
+from fulmen.model import LanguageModel, VisionLanguageModel
 from fulmen.parallel.mesh import Mesh
 
 
 class GatheredWeights:
     """Gathers each parameter for the first rank; all ranks make it, and all go through `take` or `take_rest`."""
 
-    def __init__(self, model: LanguageModel, mesh: Mesh):
+    def __init__(self, model: Model, mesh: Mesh):
+        # FSDP has made the model's own class another.
+        kind = VisionLanguageModel if isinstance(model, VisionLanguageModel) else LanguageModel
         with torch.device("meta"):
-            self.described = LanguageModel(model.config)
+            self.described = kind(model.config)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what the last forward pass has left gathered
         self._own: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._group, self._device = mesh.group("pp"), mesh.device
         # Of each stage those ranks talk to the first stage's that have the same place in it: one of them to rank 0.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from fulmen.model import LanguageModel
+from fulmen.model import LanguageModel, VisionLanguageModel
 from fulmen.model.decoder import TrainingLoss
 
 
@@ -37,6 +37,13 @@ def cut_layers(model: LanguageModel, stage: int, borders: Sequence[int]) -> None
         model.embed_tokens = _Received()
     if model.lm_head not in here:
         model.norm, model.lm_head = nn.Identity(), _NoHead()
+
+
+def leave_out_vision(model: VisionLanguageModel) -> None:
+    """Of a stage that embeds nothing: it has no use for images."""
+    model.vision_tower, model.multi_modal_projector = nn.Identity(), nn.Identity()
+    del model.image_newline
+    model.insert = lambda tokens, images: None
 
 
 class _Elsewhere(nn.Module):

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fulmen.checkpoint.names import text_model
 from fulmen.config import UserError
 from fulmen.data import Batch
-from fulmen.model import LanguageModel
+from fulmen.data.images import PlacedImage
 from fulmen.model.cache import SequenceCache
 from fulmen.model.config import ModelConfig
 from fulmen.model.decoder import TrainingLoss
@@ -68,6 +69,7 @@ class Slice(NamedTuple):
     tokens: Tensor  # [1, T_r]
     targets: Tensor  # [1, T_r]
     arguments: dict[str, SequenceCache | Tensor]  # `cache`, or `cu_seqlens` where the row is whole
+    images: tuple[PlacedImage, ...] = ()
 
 
 class World:
@@ -111,16 +113,18 @@ class World:
         if self._mesh is not None:
             with _shared():
                 self._waits = parallelize(model, self._mesh, **how)
+            if self.any(not any(p.requires_grad for p in model.parameters())):
+                raise SharedError("train.freeze leaves a stage of the pipeline nothing to train: take mesh.pp = 1")
             self._row = self._mesh.dense["cp", "tp"]._flatten("row").get_group()
             if self._mesh.sizes.pp > 1:
-                self._pipeline = Pipeline(model, self._mesh.group("pp"), next(model.parameters()).device)
+                self._pipeline = Pipeline(text_model(model), self._mesh.group("pp"), self._mesh.device)
 
     def run(
         self,
         batches: Sequence[Batch],
         forward: Callable[[Batch], TrainingLoss],
         weigh: Callable[[TrainingLoss, bool], Tensor] | None,
-        model: LanguageModel,
+        config: ModelConfig,
         dtype: torch.dtype,
     ) -> list[tuple[TrainingLoss, bool]]:
         """This rank's part of the losses of rows, without gradients, and whether each counts (`share`); the last one
@@ -128,7 +132,7 @@ class World:
 
         forward: of a row what `model.loss` gives, for what `slice` gives of it. weigh: of that, and whether it counts,
         the share in the loss of all rows, of which the gradients are added to the model's; None goes forward alone.
-        dtype: of what goes from stage to stage.
+        config: of the text model. dtype: of what goes from stage to stage.
         """
         rows = list(self.share(batches))
         if self._pipeline is None:
@@ -137,7 +141,7 @@ class World:
             found = []
             for part in [rows] if weigh else [[row] for row in rows]:
                 asked = Rows(len(part), lambda n, part=part: forward(part[n][0]), _weigher(weigh, part))
-                shape = self._sent_shape(part[0][0], model.config)
+                shape = self._sent_shape(part[0][0], config)
                 found += self._pipeline.run(asked, shape, dtype, backward=weigh is not None)
         return [(loss, counts) for loss, (_, counts) in zip(found, rows, strict=True)]
 
@@ -187,10 +191,11 @@ class World:
     def slice(self, batch: Batch, config: ModelConfig) -> Slice:
         """This rank's part of a row, which the ranks of a replica share."""
         if self._mesh is None or self._mesh.sizes.cp == 1:
-            return Slice(batch.tokens, batch.targets, {"cu_seqlens": batch.cu_seqlens})
+            return Slice(batch.tokens, batch.targets, {"cu_seqlens": batch.cu_seqlens}, batch.images)
         cut, rank = Cut.of(batch.cu_seqlens, self._mesh.sizes.cp, balanced=True), self._mesh.rank("cp")
         context = SliceContext(config, cut, self._mesh.group("cp"))
-        return Slice(cut.take(batch.tokens, rank), cut.take(batch.targets, rank), {"cache": context})
+        images = cut.take_images(batch.images, rank)
+        return Slice(cut.take(batch.tokens, rank), cut.take(batch.targets, rank), {"cache": context}, images)
 
     def sum(self, *values: float) -> list[float]:
         """Each value's sum over all rows, of which every rank has computed its own part."""

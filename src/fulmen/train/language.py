@@ -140,9 +140,9 @@ class LanguageObjective:
         self.world.save(self.model, functools.partial(save_model, path=checkpoint, **how))
 
     def _loss(self, batch: Batch, **arguments: Any) -> TrainingLoss:
-        if isinstance(self.model, VisionLanguageModel):
-            arguments["images"] = batch.images
         part = self.world.slice(batch, self._text_config)
+        if isinstance(self.model, VisionLanguageModel):
+            arguments["images"] = part.images
         tokens, targets = (tensor.to(self.device, non_blocking=True) for tensor in (part.tokens, part.targets))
         with autocast(self.device, self.dtype):
             return self.model.loss(tokens, targets, **part.arguments, **arguments)
@@ -164,7 +164,7 @@ class LanguageObjective:
         weigh: Callable[[TrainingLoss, bool], Tensor] | None,
     ) -> list[tuple[TrainingLoss, bool]]:
         dtype = self.dtype if self.device.type == "cuda" else torch.float32
-        return self.world.run(batches, forward, weigh, self.model, dtype)
+        return self.world.run(batches, forward, weigh, self._text_config, dtype)
 
     @property
     def _text_config(self) -> ModelConfig:

@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.parallel.ranks import run_ranks
+from tests.parallel.test_seeing import CONFIG as SEEING
 from tests.parallel.test_tensor import CONFIG as SMALL
 from torch.distributed.tensor import DTensor
 
-from fulmen.checkpoint import load_model, save_model
+from fulmen.checkpoint import load_model, open_model, save_model
+from fulmen.checkpoint.names import text_model
 from fulmen.config import UserError
-from fulmen.model import LanguageModel
+from fulmen.model import LanguageModel, VisionLanguageModel
 from fulmen.parallel import Mesh, MeshSizes, SharedError, World
 from fulmen.parallel.apply import parallelize
 from fulmen.parallel.gather import GatheredWeights
@@ -68,6 +70,25 @@ def test_the_weights_of_one_process(sizes):
     for _, (held, kept) in found:
         # Beside a layer only the embedding and the head, which come first and are sharded last.
         assert held <= kept + max(numbers) + sum(numbers[:2]) < sum(numbers)
+
+
+def opened(folder, sizes):
+    model = open_model(folder / "model")
+    text, mesh = text_model(model), Mesh(MeshSizes(**sizes), "cpu")
+    is_meta = all(p.is_meta for p in text.parameters())
+    parallelize(model, mesh)
+    weights = GatheredWeights(model, mesh)
+    return is_meta, {name: weights.take(name) for name, _ in weights.described.named_parameters()}
+
+
+@pytest.mark.parametrize("sees", [False, True], ids=["text", "images"])
+def test_a_checkpoint_read_part_by_part(tmp_path, sees):
+    model = VisionLanguageModel(SEEING) if sees else LanguageModel(CONFIG)
+    save_model(model, tmp_path / "model", max_shard_bytes=5000)
+    (is_meta, found), *_ = run_ranks(4, opened, tmp_path, {"pp": 2, "dp": 2, "ep": 2})
+    assert is_meta
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[name], parameter.detach()), name
 
 
 def saved(folder, sizes, broken):

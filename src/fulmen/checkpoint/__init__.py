@@ -3,7 +3,7 @@
 from fulmen.checkpoint.config import load_config, save_config
 from fulmen.checkpoint.dialects import DIALECTS
 from fulmen.checkpoint.generation import GenerationConfig, load_generation_config
-from fulmen.checkpoint.reader import find_checkpoint, load_model
+from fulmen.checkpoint.reader import find_checkpoint, load_model, open_model
 from fulmen.checkpoint.tiny import make_tiny
 from fulmen.checkpoint.writer import save_model
 
@@ -15,6 +15,7 @@ __all__ = [
     "load_generation_config",
     "load_model",
     "make_tiny",
+    "open_model",
     "save_config",
     "save_model",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fulmen.checkpoint.config import load_config
 from fulmen.checkpoint.keys import read_json
-from fulmen.checkpoint.names import Model, Piece, ignored_names, published_pieces, stacked_pieces
+from fulmen.checkpoint.names import TEXT, Model, Piece, ignored_names, published_pieces, stacked_pieces, text_model
 from fulmen.config import UserError
 from fulmen.model import LanguageModel, ModelConfig, VisionLanguageModel
 from fulmen.model.int8 import NAMES, allocate_int8, int8_matrices, rest_dtype
@@ -46,11 +46,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
             is wanted of is not finite.
     """
     folder = Path(path)
-    config = load_config(folder)
-    with torch.device("meta"):
-        model = LanguageModel(config) if isinstance(config, ModelConfig) else VisionLanguageModel(config)
-    shards = find_shards(folder)
-    entries = read_headers(shards)
+    model, shards, entries = _described(folder)
     pieces = _match(folder, entries, model)
     _allocate(model, device, dtype)
     scales = {name: getattr(module, NAMES[matrix]) for name, (module, matrix) in int8_matrices(model).items()}
@@ -63,6 +59,45 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
                     _put(parameters[parameter][index], scales.get(parameter), index, file.get_tensor(name), name)
     # Only the decay rates are left to move.
     return model.to(device).eval()
+
+
+def open_model(path: str | Path) -> Model:
+    """The same model in fp32, its text model on the meta device, for whoever holds no more than a part of it at once.
+
+    `init_part(part)` of the text model reads what the checkpoint has of one of its `parts`, whose parameters are there
+    by then, where it would draw them. Raises UserError as `load_model`.
+    """
+    folder = Path(path)
+    model, _, entries = _described(folder)
+    pieces = _match(folder, entries, model)
+    text = text_model(model)
+
+    def read(part: nn.Module) -> None:
+        asked = {id(parameter) for parameter in part.parameters()}
+        places = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in asked}
+        names = [name for name, piece in pieces.items() if piece.parameter in places]
+        for shard in {entries[name].file for name in names}:
+            with open_shard(shard) as file, torch.no_grad():
+                for name in (name for name in names if entries[name].file == shard):
+                    places[pieces[name].parameter][pieces[name].index].copy_(file.get_tensor(name))
+
+    if text is not model:
+        rest = nn.ParameterDict()  # all but the text model, which is small
+        for module in (model, *(m for name, m in model.named_modules() if name and not f"{name}.".startswith(TEXT))):
+            _allocate_own(module, "cpu", torch.float32)
+            rest.update({str(id(p)): p for p in module.parameters(recurse=False)})
+        read(rest)
+    text.init_part = read
+    return model
+
+
+def _described(folder: Path) -> tuple[Model, dict[Path, set[str]], dict[str, Entry]]:
+    """The model on the meta device; the files of its checkpoint, and what these say they hold."""
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = LanguageModel(config) if isinstance(config, ModelConfig) else VisionLanguageModel(config)
+    shards = find_shards(folder)
+    return model, shards, read_headers(shards)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -178,10 +213,14 @@ def _allocate(model: Model, device: str | torch.device, dtype: torch.dtype) -> N
             allocate_int8(module, matrix, device)
         model.requires_grad_(False)
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                new = torch.empty_like(parameter, device=device, dtype=dtype)
-                setattr(module, name, nn.Parameter(new, requires_grad=parameter.requires_grad))
+        _allocate_own(module, device, dtype)
+
+
+def _allocate_own(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.is_meta:
+            new = torch.empty_like(parameter, device=device, dtype=dtype)
+            setattr(module, name, nn.Parameter(new, requires_grad=parameter.requires_grad))
 
 
 def _listed(names: list[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fulmen.checkpoint import find_checkpoint, load_config, load_model
+from fulmen.checkpoint import find_checkpoint, load_config, load_model, open_model
 from fulmen.checkpoint.config import config_keys
 from fulmen.checkpoint.names import Model, text_model
 from fulmen.checkpoint.vision import load_encoder, load_encoder_config
@@ -90,12 +90,14 @@ def with_image_token(recipe: Any, config: Config, tokenizer: Tokenizer) -> Confi
 def make_model(recipe: Any, config: Config, place: Place) -> Model:
     """The model with its first weights, those of `train.freeze` frozen.
 
-    A run that goes on takes its weights from the snapshot, wherever they once came from. A text model that several
-    ranks are to draw is on the meta device: `World.shard` draws it part by part.
+    A run that goes on takes its weights from the snapshot, wherever they once came from. On several ranks a text model
+    stays on the meta device: `World.shard` draws or reads it part by part. One that is joined to an encoder here is
+    read whole, as what joins them asks for its embeddings.
     """
     text_from, vision_from = (recipe.model.init_from, recipe.vision.init_from) if place.fresh else (None, None)
     if text_from is not None and vision_from is None:
-        model = load_model(find_checkpoint(text_from), device=place.device)
+        checkpoint = find_checkpoint(text_from)
+        model = load_model(checkpoint, device=place.device) if place.world.is_alone else open_model(checkpoint)
     elif isinstance(config, ModelConfig):
         model = _text_model(config, place)
     else:
@@ -106,8 +108,7 @@ def make_model(recipe: Any, config: Config, place: Place) -> Model:
             model.language_model = load_model(find_checkpoint(text_from))
         # What joins them is as wide as the embeddings of the text model that is there now.
         model.init_connection()
-    if not next(model.parameters()).is_meta:
-        model = model.to(place.device)
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(place.device))
     freeze(model, recipe.train.freeze)
     return model
 

@@ -99,3 +99,26 @@ def order_of_work():
 def test_states_travel_while_what_is_inside_is_computed():
     for log in run_ranks(3, order_of_work):
         assert log == ["launch", "inside", "wait"] * 2
+
+
+def folded_under_autocast():
+    """The dtypes of the states that are sent and folded, forward and backward, and of the gradient."""
+    dtypes, fold = [], lasp._Crossing._fold
+
+    def noted(crossing, weights):
+        sent = crossing._mine.dtype
+        dtypes.append((sent, (folded := fold(crossing, weights)).dtype))
+        return folded
+
+    with mock.patch.object(lasp._Crossing, "_fold", noted), torch.autocast("cpu", torch.bfloat16):
+        cut, rank = Cut((0, 24), dist.get_world_size()), dist.get_rank()
+        qkv, rates, grad = whole_row((0, 24))
+        mine = cut.take(qkv.detach().bfloat16(), rank).requires_grad_()
+        lasp_attention(mine, rates, cut, dist.group.WORLD).backward(cut.take(grad, rank).bfloat16())
+    return dtypes, mine.grad.dtype
+
+
+def test_states_stay_in_fp32_under_autocast():
+    for dtypes, grad in run_ranks(2, folded_under_autocast):
+        assert dtypes == [(torch.float32, torch.float32)] * 2
+        assert grad == torch.bfloat16

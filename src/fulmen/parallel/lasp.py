@@ -112,7 +112,9 @@ class _Crossing:
 
     def _fold(self, weights: Tensor) -> Tensor:
         self._work.wait()
-        folded = torch.einsum("msh,shkv->mhkv", weights.to(self._all.dtype), self._all)
+        # Autocast would take the states, which are in fp32 on purpose, down to bf16.
+        with torch.autocast(self._all.device.type, enabled=False):
+            folded = torch.einsum("msh,shkv->mhkv", weights.to(self._all.dtype), self._all)
         del self._work, self._all, self._mine
         return folded
 

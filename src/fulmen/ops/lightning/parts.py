@@ -41,7 +41,8 @@ def sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool = False) -> 
         return triton_sum_state(b, c, rates, reverse=reverse)
     decayed = (b * _weights(len(b), rates, later=reverse)).to(b.dtype)
     wide = torch.promote_types(b.dtype, torch.float32)
-    return torch.bmm(decayed.permute(1, 2, 0).to(wide), c.transpose(0, 1).to(wide))
+    with torch.autocast(b.device.type, enabled=False):
+        return torch.bmm(decayed.permute(1, 2, 0).to(wide), c.transpose(0, 1).to(wide))
 
 
 def add_read(out: Tensor, a: Tensor, state: Tensor, rates: Tensor, *, reverse: bool = False) -> None:
@@ -50,7 +51,8 @@ def add_read(out: Tensor, a: Tensor, state: Tensor, rates: Tensor, *, reverse: b
         from fulmen.ops.lightning.triton import triton_add_read
 
         return triton_add_read(out, a, state, rates, reverse=reverse)
-    read = torch.bmm(a.transpose(0, 1), state.to(a.dtype)).transpose(0, 1)
+    with torch.autocast(a.device.type, enabled=False):
+        read = torch.bmm(a.transpose(0, 1), state.to(a.dtype)).transpose(0, 1)
     out += (read * _weights(len(a), rates, later=not reverse)).to(out.dtype)
 
 

@@ -12,7 +12,8 @@ from fulmen.model import LanguageModel, ModelConfig
 from fulmen.ops.experts import balance_loss
 from fulmen.parallel import Mesh, MeshSizes
 from fulmen.parallel.capacity import sum_counts
-from fulmen.parallel.moe import SpreadExperts, spread_experts
+from fulmen.parallel.collectives import Waits
+from fulmen.parallel.moe import SpreadExperts, check_experts
 
 CONFIG = ModelConfig(
     vocab_size=32, hidden_size=16, num_layers=2, layer_plan="LS", num_heads=2, num_kv_heads=1, head_dim=8,
@@ -44,6 +45,16 @@ def step(model, tokens, targets, factor, checkpointed, balance):
 
 def balance_of(routings):
     return 10 * sum(map(balance_loss, routings))
+
+
+def spread_experts(model, mesh, *, groups=1, router=None):
+    """Of all layers; what counts their waits."""
+    check_experts(model, mesh, groups)
+    waits = Waits()
+    for layer in model.layers:
+        moe = layer.block_sparse_moe
+        moe.experts = SpreadExperts(moe.experts, mesh, groups=groups, router=router, waits=waits)
+    return waits
 
 
 CASES = [(None, False), (0.9, False), (0.9, True)]
@@ -114,7 +125,7 @@ def refusals():
     for sizes, mesh, groups in ((dict(num_experts=3), "ep", 1), (dict(expert_size=24), "etp", 1), (dict(), "ep", 0)):
         model = LanguageModel(ModelConfig(**(vars(CONFIG) | sizes)))
         with pytest.raises(UserError) as error:
-            spread_experts(model, Mesh(MeshSizes(**{mesh: 2}), "cpu"), groups=groups)
+            check_experts(model, Mesh(MeshSizes(**{mesh: 2}), "cpu"), groups)
         found.append(str(error.value))
     return found
 

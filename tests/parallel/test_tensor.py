@@ -15,7 +15,7 @@ from fulmen.model.int8 import quantize_
 from fulmen.model.vocabulary import Inserted
 from fulmen.parallel import Cut, Mesh, MeshSizes
 from fulmen.parallel.context import SliceContext
-from fulmen.parallel.tensor import finish_gradients, replicated_parameters, shard_tensors
+from fulmen.parallel.tensor import check_tensors, finish_gradients, replicated_parameters, shard_part
 
 CONFIG = ModelConfig(
     vocab_size=48,
@@ -55,7 +55,9 @@ def packed(borders):
 
 def sharded_model(**sizes):
     model, mesh = new_model(), Mesh(MeshSizes(**sizes), "cpu")
-    shard_tensors(model, mesh)
+    check_tensors(model, mesh)
+    for part in model.parts():
+        shard_part(part, mesh)
     return model, mesh
 
 
@@ -243,8 +245,7 @@ def refusals():
     quantize_(models[-1])
     for model in models:
         with pytest.raises(UserError) as refused:
-            shard_tensors(model, mesh)
-        assert not any(isinstance(p, DTensor) for p in model.parameters())
+            check_tensors(model, mesh)
         messages.append(str(refused.value))
     return messages
 

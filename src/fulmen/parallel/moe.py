@@ -14,20 +14,6 @@ from fulmen.parallel.experts import spread_experts_mlp
 from fulmen.parallel.mesh import Mesh
 
 
-def spread_experts(model: LanguageModel, mesh: Mesh, *, groups: int = 1, router: ProcessGroup | None = None) -> Waits:
-    """Keep of each layer's experts, in place, what is this rank's; arguments as of `SpreadExperts`.
-
-    Returns what counts the time that all layers lose to communication. Raises UserError unless the experts and their
-    width can be spread evenly, or for a number of groups below 1.
-    """
-    check_experts(model, mesh, groups)
-    waits = Waits()
-    for layer in model.layers:
-        moe = layer.block_sparse_moe
-        moe.experts = SpreadExperts(moe.experts, mesh, groups=groups, router=router, waits=waits)
-    return waits
-
-
 class SpreadExperts(nn.Module):
     """The part of a layer's experts that is on this rank.
 

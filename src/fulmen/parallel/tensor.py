@@ -30,23 +30,13 @@ from fulmen.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
 ROWS, COLUMNS = 0, 1
 
 
-def shard_tensors(model: LanguageModel, mesh: Mesh) -> None:
-    """Spread a whole model, the same on every rank, over the dim "tp" of the dense mesh, in place.
-
-    Afterwards each rank of it is to be given the same tokens and targets, whole rows; `hidden` gives what the rank has
-    of them, `loss` its share of the sum, and logits are whole. The gradients of `replicated_parameters` are to be
-    summed over the ranks by `finish_gradients`.
-
-    Raises:
-        UserError: heads or vocabulary do not divide among the ranks, or the weights are in int8.
-    """
-    check_tensors(model, mesh)
-    for part in model.parts():
-        shard_part(part, mesh)
-
-
 def shard_part(part: nn.Module, mesh: Mesh) -> None:
-    """One of `LanguageModel.parts`, all of which `check_tensors` has passed."""
+    """Spread one of `LanguageModel.parts`, whole and the same on every rank, over the dense mesh's "tp", in place.
+
+    The model must have passed `check_tensors`. When all its parts are spread, each rank of tp is to be given the same
+    tokens and targets, whole rows; `hidden` gives what the rank has of them, `loss` its share of the sum, and logits
+    are whole. The gradients of `replicated_parameters` are to be summed over the ranks by `finish_gradients`.
+    """
     tp = mesh.dense["tp"]
     if tp.size() == 1:
         return
@@ -154,7 +144,7 @@ class _NormOverRanks(torch.autograd.Function):
 
 
 def check_tensors(model: LanguageModel, mesh: Mesh) -> None:
-    """Raise UserError for what cannot be divided along tp."""
+    """Raise UserError for heads or a vocabulary that tp does not divide, and for weights in int8."""
     ranks, config = mesh.sizes.tp, model.config
     if ranks == 1:
         return

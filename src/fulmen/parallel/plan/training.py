@@ -1,6 +1,5 @@
 """A plan of training: what a mesh needs of each GPU, what its ranks say to each other, and how long a step takes."""
 
-import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -154,11 +153,6 @@ def mesh_text(placement: Placement) -> str:
 
 def _product(placement: Placement, names: tuple[str, ...]) -> str:
     return " x ".join(f"{name} {getattr(placement.sizes, name)}" for name in names)
-
-
-def axes_used(placement: Placement) -> list[str]:
-    """Those of both meshes along which there is more than one rank."""
-    return [name for name, number in dataclasses.asdict(placement.sizes).items() if number > 1]
 
 
 def columns(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:

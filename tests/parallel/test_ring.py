@@ -10,7 +10,7 @@ from tests.parallel.ranks import run_ranks
 from tests.parallel.test_lasp import BORDERS
 
 from fulmen.ops.softmax import softmax_attention
-from fulmen.parallel import Cut
+from fulmen.parallel import Cut, ring
 from fulmen.parallel.ring import ring_attention
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
@@ -73,3 +73,28 @@ def test_what_nobody_needs_is_not_sent():
     assert run_ranks(4, messages, (0, 3, 10, 16, 24, 32)) == [[5 * token] * 2, [5 * token], [], []]
     # Of the last one eight lie with rank 2 and six with rank 3; the others have none of it.
     assert run_ranks(4, messages, (0, 8, 16, 30, 32)) == [[], [], [8 * token] * 2, [8 * token]]
+
+
+def order_of_work():
+    """In which steps this rank launches keys, and computes with them, forward."""
+    log, launch, blocks = [], ring._Ring._launch, ring._Ring.blocks
+
+    def launched(self, step, mine):
+        log.append(f"launch {step}")
+        return launch(self, step, mine)
+
+    def computed(self, owner):
+        log.append(f"compute {(self.rank - owner) % self.cut.ranks}")
+        return blocks(self, owner)
+
+    with mock.patch.object(ring._Ring, "_launch", launched), mock.patch.object(ring._Ring, "blocks", computed):
+        cut, rank = Cut((0, 8, 16, 24, 32), dist.get_world_size(), balanced=True), dist.get_rank()
+        q, k, v, _ = (cut.take(x, rank) for x in whole_row((0, 8, 16, 24, 32)))
+        ring_attention(q, k, v, cut, dist.group.WORLD)
+    return log
+
+
+def test_keys_travel_one_step_ahead_and_from_their_owner():
+    """Each sample lies with two neighbours, one after the other or the other way round: nothing in step 2."""
+    steps = ["launch 1", "compute 0", "launch 3", "compute 1", "compute 3"]
+    assert run_ranks(4, order_of_work) == [steps] * 4

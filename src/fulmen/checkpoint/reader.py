@@ -1,6 +1,6 @@
 """Published checkpoints into a model: tensor by tensor, never a second copy, never a pickle."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,8 +72,8 @@ def open_model(path: str | Path) -> Model:
     pieces = _match(folder, entries, model)
     text = text_model(model)
 
-    def read(part: nn.Module) -> None:
-        asked = {id(parameter) for parameter in part.parameters()}
+    def read(parameters: Iterable[nn.Parameter]) -> None:
+        asked = {id(parameter) for parameter in parameters}
         places = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in asked}
         names = [name for name, piece in pieces.items() if piece.parameter in places]
         for shard in {entries[name].file for name in names}:
@@ -81,13 +81,13 @@ def open_model(path: str | Path) -> Model:
                 for name in (name for name in names if entries[name].file == shard):
                     places[pieces[name].parameter][pieces[name].index].copy_(file.get_tensor(name))
 
+    text.init_part = lambda part: read(part.parameters())
     if text is not model:
-        rest = nn.ParameterDict()  # all but the text model, which is small
-        for module in (model, *(m for name, m in model.named_modules() if name and not f"{name}.".startswith(TEXT))):
-            _allocate_own(module, "cpu", torch.float32)
-            rest.update({str(id(p)): p for p in module.parameters(recurse=False)})
-        read(rest)
-    text.init_part = read
+        # All else is small.
+        for name, module in model.named_modules():
+            if not f"{name}.".startswith(TEXT):
+                _allocate_own(module, "cpu", torch.float32)
+        read(parameter for parameter in model.parameters() if not parameter.is_meta)
     return model
 
 

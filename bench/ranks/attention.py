@@ -27,6 +27,8 @@ SAMPLES = 3
 RING_UP_TO = 2**20
 LAYER = {"cpu": "tiny", "cuda": "7b"}
 """Whose heads and sizes longer rows have."""
+MIDDLE = {"cpu": 0, "cuda": 16}
+"""Which of its layers: the deeper one lies, the slower its heads forget, and the more tokens a state reaches."""
 ENOUGH = 2.0
 """Seconds of a step from which it is timed once."""
 
@@ -146,7 +148,7 @@ def _layer_step(device: torch.device, length: int, ranks: int, group: dist.Proce
     """A whole lightning attention layer: projections, attention, norm, gate."""
     config, cut = ModelConfig.preset(LAYER[device.type]), Cut(_borders(length), ranks, balanced=ranks > 1)
     with torch.device(device):
-        layer = LightningAttention(config, 0)
+        layer = LightningAttention(config, MIDDLE[device.type])
         layer.init_weights(1.0)
         layer.norm.weight.data.fill_(1.0)
     layer = layer.to(device)

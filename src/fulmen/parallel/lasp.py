@@ -11,6 +11,9 @@ What enters a segment, of a sample that began in an earlier one, is
 with M_f the state of the sample's tokens in f, from zero; and o_t += exp(-s (t + 1)) q_t^T S_in.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -31,7 +34,8 @@ def lasp_attention(qkv: Tensor, rates: Tensor, cut: Cut, group: dist.ProcessGrou
     ranks call it at the same time, forward and backward; where no sample crosses a rank's edge nothing is sent.
     """
     if cut.is_crossed:
-        return _LaspAttention.apply(qkv, _Crossing(cut, rates, group))
+        places = _Places.of(cut, dist.get_rank(group), qkv.device)
+        return _LaspAttention.apply(qkv, _Crossing(places, rates, group))
     borders = torch.tensor(cut.local_borders(dist.get_rank(group)), dtype=torch.int32)
     return silu_lightning_attention(qkv, rates, cu_seqlens=borders)[0] if len(borders) > 1 else F.silu(qkv[..., 2, :])
 
@@ -54,35 +58,51 @@ def serial_lasp_attention(qkv: Tensor, rates: Tensor, cut: Cut, group: dist.Proc
     return out
 
 
-class _Crossing:
-    """States [m, H, K, V] fp32 of a rank's segments under way: one all-gather, and the fold of what belongs here.
+class _Places(NamedTuple):
+    """What of a row's cut concerns one rank: the same for all layers."""
 
-    Once forward and once backward, with gradients. heads, tails: of the parts that a state enters, and that leave one,
-    (which of the rank's segments, place among its tokens).
-    """
+    count: int  # of its segments
+    borders: list[int]  # of its pieces
+    heads: list[tuple[int, slice]]  # parts that a state enters: which of its segments, where among its tokens
+    tails: list[tuple[int, slice]]  # parts that leave one
+    order: list[int]  # segments as they are gathered
+    into: Tensor  # [m, S] distances to its segments from all, in that order, on the device; -1: none
+    out_of: Tensor  # [m, S] from its segments to all
 
-    def __init__(self, cut: Cut, rates: Tensor, group: dist.ProcessGroup):
-        rank = dist.get_rank(group)
-        held, self.rates, self._group = cut.held(rank), rates, group
-        self._count, self._borders = len(held), cut.local_borders(rank)
-        self.heads, self.tails = (
+    @staticmethod
+    @functools.lru_cache(maxsize=4)
+    def of(cut: Cut, rank: int, device: torch.device) -> "_Places":
+        held = cut.held(rank)
+        heads, tails = (
             [(i, cut.place(rank, part)) for i, part in enumerate(map(find, held)) if part is not None]
             for find in (cut.head, cut.tail)
         )
-        self._order = [n for r in range(cut.ranks) for n in cut.held(r)]
+        order = [n for r in range(cut.ranks) for n in cut.held(r)]
         distances = cut.distances(later=range(len(cut.segments)))  # [S, S]: to row, from column
-        self._into = self._weights(distances[held])
-        self._out_of = self._weights(distances[:, held].T)
+        # Nobody waits for the device here, and so the next launches are ready when it is.
+        into, out_of = (x[:, order].to(device, non_blocking=True) for x in (distances[held], distances[:, held].T))
+        return _Places(len(held), cut.local_borders(rank), heads, tails, order, into, out_of)
+
+
+class _Crossing:
+    """States [m, H, K, V] fp32 of a rank's segments under way: one all-gather, and the fold of what belongs here.
+
+    Once forward and once backward, with gradients.
+    """
+
+    def __init__(self, places: _Places, rates: Tensor, group: dist.ProcessGroup):
+        self.rates, self.heads, self.tails = rates, places.heads, places.tails
+        self._places, self._group = places, group
 
     def new_states(self, qkv: Tensor) -> Tensor:
         """Zeros, for this rank's segments."""
         heads, width = qkv.shape[2], qkv.shape[4]
-        return torch.zeros(self._count, heads, width, width, dtype=_state_dtype(qkv), device=qkv.device)
+        return torch.zeros(self._places.count, heads, width, width, dtype=_state_dtype(qkv), device=qkv.device)
 
     def attend(self, active: Tensor) -> tuple[Tensor, Context | None, tuple[Tensor, ...]]:
         """Of a rank's tokens among themselves, `parts.forward_pass`."""
         if len(active):
-            return forward_pass(active, self.rates, self._borders)
+            return forward_pass(active, self.rates, self._places.borders)
         return active[:, :, 2].clone(), None, ()
 
     def attend_backward(
@@ -94,23 +114,21 @@ class _Crossing:
     def start(self, states: Tensor) -> None:
         """Launch the gathering of what this rank gives."""
         self._mine = states  # alive as long as it travels
-        self._all = states.new_empty(len(self._order), *states.shape[1:])
+        self._all = states.new_empty(len(self._places.order), *states.shape[1:])
         self._work = ALL_GATHER(self._all, states, self._group, async_op=True)
 
     def entering(self) -> Tensor:
         """What enters each of this rank's segments."""
-        return self._fold(self._into)
+        return self._fold(self._places.into)
 
     def leaving(self) -> Tensor:
         """Of gradients of what enters: those of this rank's own states."""
-        return self._fold(self._out_of)
+        return self._fold(self._places.out_of)
 
-    def _weights(self, distances: Tensor) -> Tensor:
-        """exp(-s distance), zero where there is none: [m, S, H], the segments in the order of the gathered ones."""
-        distances = distances[:, self._order].to(self.rates.device)[..., None]
-        return torch.exp(-self.rates * distances.clamp(min=0)) * (distances >= 0)
-
-    def _fold(self, weights: Tensor) -> Tensor:
+    def _fold(self, distances: Tensor) -> Tensor:
+        """Of what was gathered, each times exp(-s distance): [m, H, K, V]."""
+        distances = distances[..., None]
+        weights = torch.exp(-self.rates * distances.clamp(min=0)) * (distances >= 0)
         self._work.wait()
         # Autocast would take the states, which are in fp32 on purpose, down to bf16.
         with torch.autocast(self._all.device.type, enabled=False):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fulmen.ops.softmax import blocks
+from fulmen.ops.softmax import blocks, fused
 from fulmen.ops.softmax.blocks import attend_block, attend_block_backward, merge, row_dots
 from fulmen.ops.softmax.naive import naive_softmax_attention
 
@@ -60,9 +60,12 @@ def test_the_order_of_blocks_does_not_matter_and_none_overflows():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch has this kernel on a GPU alone")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch has these kernels on a GPU alone")
+@pytest.mark.parametrize("kernel", [fused.FLASH, fused.CUDNN], ids=["flash", "cudnn"])
 @pytest.mark.parametrize(("tokens", "queries", "cuts"), [(300, 300, (0, 300)), (1000, 300, (0, 130, 700, 1000))])
-def test_a_gpus_kernel_gives_the_same(tokens, queries, cuts):
+def test_a_gpus_kernels_give_the_same(monkeypatch, kernel, tokens, queries, cuts):
+    monkeypatch.setattr(fused, "WORTH_PLANNING", 0 if kernel is fused.CUDNN else 2**60)
     given = inputs(tokens, queries, torch.bfloat16, "cuda")
+    assert fused.fused_kernel(*given[:2], causal=True) is kernel
     for found, expected in zip(by_blocks(*given, cuts), at_once(*given), strict=True):
         torch.testing.assert_close(found, expected.float(), rtol=3e-2, atol=3e-2)

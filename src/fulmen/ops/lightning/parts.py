@@ -36,7 +36,7 @@ def backward_pass(d_out: Tensor, qkv: Tensor, context: Context, kept: tuple[Tens
 def sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool = False) -> Tensor:
     """The state [H, K, V] fp32 (fp64 of fp64) of b [n, H, K], c [n, H, V] of one dtype, n >= 1; rates [H]."""
     if _kernels_take(b, c):
-        from fulmen.ops.lightning.triton import triton_sum_state
+        from fulmen.ops.lightning.crossing import triton_sum_state
 
         return triton_sum_state(b, c, rates, reverse=reverse)
     decayed = (b * _weights(len(b), rates, later=reverse)).to(b.dtype)
@@ -48,7 +48,7 @@ def sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool = False) -> 
 def add_read(out: Tensor, a: Tensor, state: Tensor, rates: Tensor, *, reverse: bool = False) -> None:
     """Add to `out` [n, H, V], in place, what queries a [n, H, K] of its dtype read of a state [H, K, V]."""
     if _kernels_take(a, out):
-        from fulmen.ops.lightning.triton import triton_add_read
+        from fulmen.ops.lightning.crossing import triton_add_read
 
         return triton_add_read(out, a, state, rates, reverse=reverse)
     with torch.autocast(a.device.type, enabled=False):

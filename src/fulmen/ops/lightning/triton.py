@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 
 from fulmen.ops.gpu import DTYPES, apply, tuning
 from fulmen.ops.lightning.context import Context
-from fulmen.ops.lightning.tiling import Tiling, choose_tiling, default_tiling, fill, processors_of
+from fulmen.ops.lightning.tiling import Tiling, choose_tiling, fill, processors_of
 from fulmen.ops.packing import sample_borders
 
 WIDTHS = (32, 64, 96, 128, 256)
@@ -192,7 +192,7 @@ class Segments(NamedTuple):
         for begin, end in itertools.pairwise(borders):
             ranges += [(a, min(a + size, end)) for a in range(begin, end, size)]
             samples.append(len(ranges))
-        tables = (torch.tensor(x, dtype=torch.int32).to(device) for x in (ranges, samples))
+        tables = (torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (ranges, samples))
         return Segments(*tables, is_whole=len(ranges) == len(borders) - 1)
 
 
@@ -258,32 +258,6 @@ def _entering(
         heads, size, HAS_INITIAL=initial is not None, REVERSE=reverse, SIZE=1024,
     )  # fmt: skip
     return local, final
-
-
-def triton_sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool) -> Tensor:
-    """See `fulmen.ops.lightning.crossing`: a scan without outputs, cut so that the programs fill the GPU."""
-    borders, heads, values = (0, len(b)), b.shape[1], c.shape[2]
-    tiling = default_tiling(b.dtype, b.shape[2], values, heads, processors_of(b.device))
-    programs = heads * triton.cdiv(values, tiling.columns)
-    segments = Segments.cut(borders, _segment_length(borders, programs, b.device), b.device)
-    scan, (b, c) = _Scan(rates.contiguous(), segments, tiling), (_rows(b), _rows(c))
-    _, final = _entering(scan, b, c, None, reverse=reverse)
-    if final is None:
-        final = _new_states(segments.samples[1:], b, c)
-        scan(None, None, b, c, None, final, reverse=reverse)
-    return final[0]
-
-
-def triton_add_read(out: Tensor, a: Tensor, state: Tensor, rates: Tensor, *, reverse: bool) -> None:
-    """See `fulmen.ops.lightning.crossing`."""
-    (tokens, heads, keys), values = a.shape, out.shape[2]
-    a, state, columns = _rows(a), state.contiguous(), min(64, triton.next_power_of_2(values))
-    grid = (triton.cdiv(tokens, 64), heads, triton.cdiv(values, columns))
-    _read_kernel[grid](
-        a, state, out, rates.contiguous(), tokens, *a.stride()[:2], *out.stride(),
-        K=keys, V=values, BLOCK_K=triton.next_power_of_2(keys), COLUMNS=columns, C=64, REVERSE=reverse,
-        PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
-    )  # fmt: skip
 
 
 class _Scan(NamedTuple):
@@ -404,27 +378,3 @@ def _chain_kernel(
         tl.store(where, state, mask=ok)
         state = state * tl.exp(-rate * tokens.to(tl.float32)) + added
     tl.store(p_final + (i_n * heads + i_h) * size + i, state, mask=ok)
-
-
-@triton.jit
-def _read_kernel(
-    p_a, p_state, p_out, p_rates, tokens, a_token, a_head, out_token, out_head, out_v,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Some tokens of one head read some columns of its state, added to what is there."""
-    token = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
-    i_h, i_k = tl.program_id(1), tl.arange(0, BLOCK_K)
-    i_v = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    real, ok_k, ok_v = token < tokens, i_k < K, i_v < V
-    age = tokens - 1 - token if REVERSE else token + 1
-    weight = tl.exp(-tl.load(p_rates + i_h).to(tl.float32) * age.to(tl.float32))
-    at_a = token[:, None] * a_token + i_h * a_head + i_k[None, :]
-    b_a = tl.load(p_a + at_a, mask=real[:, None] & ok_k[None, :], other=0.0)
-    at_state = (i_h * K + i_k[:, None]) * V + i_v[None, :]
-    state = tl.load(p_state + at_state, mask=ok_k[:, None] & ok_v[None, :], other=0.0)
-    read = tl.dot(b_a, state.to(b_a.dtype), input_precision=PRECISION) * weight[:, None]
-    at_out = token[:, None] * out_token + i_h * out_head + i_v[None, :] * out_v
-    ok = real[:, None] & ok_v[None, :]
-    read += tl.load(p_out + at_out, mask=ok, other=0.0).to(tl.float32)
-    tl.store(p_out + at_out, read.to(p_out.dtype.element_ty), mask=ok)

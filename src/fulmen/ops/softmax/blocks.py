@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fulmen.ops.softmax.fused import fused_kernel
+
 SCORES = 2**24
 """Scores that exist at a time where the block's attention is plain products."""
 
@@ -24,11 +26,9 @@ class Attended(NamedTuple):
 
 def attend_block(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Attended:
     """q [T, H, D] over k, v [S, H_kv, D], all of them or, if `causal` (T == S), those up to its own place."""
-    if _has_flash(q):
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q[None], k[None], v[None], None, None, len(q), len(k), 0.0, causal, False
-        )
-        return Attended(out[0].float(), lse[0].T)
+    if kernel := fused_kernel(q, k, causal=causal):
+        out, lse = kernel.forward(q, k, v, causal)
+        return Attended(out.float(), lse)
     outs, lses = [], []
     for rows in _chunks(len(q), q.shape[1] * len(k)):
         scores = _scores(q[rows], k, rows.start if causal else None)
@@ -56,8 +56,9 @@ def attend_block_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Attended, dots: Tensor, *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 gradients of q, k and v by this block's part in the merged outputs; dots: from `row_dots`."""
-    if _has_flash(q):
-        return _flash_backward(d_out, q, k, v, merged, causal)
+    if kernel := fused_kernel(q, k, causal=causal):
+        rounded = d_out.to(q.dtype), q, k, v, merged.out.to(q.dtype)
+        return tuple(grad.float() for grad in kernel.backward(*rounded, merged.lse, causal))
     d_q, d_k, d_v = (torch.zeros_like(x, dtype=merged.out.dtype) for x in (q, k, v))
     scale = q.shape[2] ** -0.5
     for rows in _chunks(len(q), q.shape[1] * len(k)):
@@ -69,23 +70,6 @@ def attend_block_backward(
         d_k += torch.einsum("hgts,hgtd->shd", d_scores, _by_key_head(q[rows].to(probs.dtype), k.shape[1]))
         d_v += torch.einsum("hgts,hgtd->shd", probs, grad)
     return d_q, d_k, d_v
-
-
-def _has_flash(q: Tensor) -> bool:
-    """Whether PyTorch has a kernel that gives the logarithms too, for heads of this width."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-
-
-def _flash_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Attended, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
-    grads = torch.ops.aten._flash_attention_backward(
-        *(x[None].contiguous() for x in (d_out.to(q.dtype), q, k, v, merged.out.to(q.dtype))),
-        merged.lse.T[None].contiguous(),
-        *(None, None, len(q), len(k), 0.0, causal, rng, rng),
-    )
-    return tuple(grad[0].float() for grad in grads)
 
 
 def _chunks(queries: int, scores_each: int) -> list[slice]:

@@ -1,0 +1,110 @@
+"""`parts.sum_state` and `parts.add_read` on a GPU: Triton kernels that pass over tokens of no weight.
+
+A weight that is zero in fp32 is that of all tokens further away, for most heads after a few thousand: what is left out
+is exactly zero.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SHARE, SHARES = 4096, 64
+"""Tokens that one program sums at least, and into how many sums at most: they are added up at the end."""
+
+FARTHEST = tl.constexpr(104.0)
+"""exp(-104) is zero in fp32."""
+
+
+def triton_sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool) -> Tensor:
+    """See `fulmen.ops.lightning.parts.sum_state`."""
+    (tokens, heads, keys), values = b.shape, c.shape[2]
+    b, c = _rows(b), _rows(c)
+    share = max(SHARE, triton.cdiv(tokens, SHARES))
+    sums = torch.empty(triton.cdiv(tokens, share), heads, keys, values, dtype=torch.float32, device=b.device)
+    columns = min(64, triton.next_power_of_2(values))
+    grid = (len(sums), heads, triton.cdiv(values, columns))
+    _sum_kernel[grid](
+        b, c, sums, rates.contiguous(), tokens, share, *b.stride()[:2], *c.stride()[:2],
+        K=keys, V=values, BLOCK_K=triton.next_power_of_2(keys), COLUMNS=columns, REVERSE=reverse,
+        **_sizes(b.dtype),
+    )  # fmt: skip
+    return sums.sum(0)
+
+
+def triton_add_read(out: Tensor, a: Tensor, state: Tensor, rates: Tensor, *, reverse: bool) -> None:
+    """See `fulmen.ops.lightning.parts.add_read`."""
+    (tokens, heads, keys), values = a.shape, out.shape[2]
+    a, state, columns = _rows(a), state.contiguous(), min(64, triton.next_power_of_2(values))
+    sizes = _sizes(a.dtype)
+    grid = (triton.cdiv(tokens, sizes["C"]), heads, triton.cdiv(values, columns))
+    _read_kernel[grid](
+        a, state, out, rates.contiguous(), tokens, *a.stride()[:2], *out.stride(),
+        K=keys, V=values, BLOCK_K=triton.next_power_of_2(keys), COLUMNS=columns, REVERSE=reverse, **sizes,
+    )  # fmt: skip
+
+
+def _sizes(dtype: torch.dtype) -> dict[str, object]:
+    """Tokens of a block, and the precision of products."""
+    return {"C": 32, "PRECISION": "ieee"} if dtype == torch.float32 else {"C": 64, "PRECISION": "tf32"}
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def _sum_kernel(
+    p_b, p_c, p_sums, p_rates, tokens, share, b_token, b_head, c_token, c_head,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state, some columns of one head's, of a share of its tokens."""
+    i_s, i_h, i_k = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_K)
+    i_v = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    ok_k, ok_v = i_k < K, i_v < V
+    rate = tl.load(p_rates + i_h).to(tl.float32)
+    begin, end = i_s * share, tl.minimum((i_s + 1) * share, tokens)
+    reach = tl.minimum(FARTHEST / tl.maximum(rate, 1e-8), tokens * 1.0).to(tl.int32) + 1
+    if REVERSE:
+        end = tl.minimum(end, reach)
+    else:
+        begin = tl.maximum(begin, tokens - reach)
+    state = tl.zeros((BLOCK_K, COLUMNS), dtype=tl.float32)
+    for start in tl.range(begin, end, C, num_stages=2):
+        token = start + tl.arange(0, C)
+        real, row = token < end, token.to(tl.int64)[:, None]
+        age = token + 1 if REVERSE else tokens - 1 - token
+        weight = tl.exp(-rate * tl.maximum(age, 0).to(tl.float32))
+        at_b, at_c = row * b_token + i_h * b_head + i_k[None, :], row * c_token + i_h * c_head + i_v[None, :]
+        b_b = tl.load(p_b + at_b, mask=real[:, None] & ok_k[None, :], other=0.0)
+        b_c = tl.load(p_c + at_c, mask=real[:, None] & ok_v[None, :], other=0.0)
+        b_c = (b_c * weight[:, None]).to(b_c.dtype)
+        state = tl.dot(tl.trans(b_b), b_c, state, input_precision=PRECISION)
+    at = ((i_s * tl.num_programs(1) + i_h).to(tl.int64) * K + i_k[:, None]) * V + i_v[None, :]
+    tl.store(p_sums + at, state, mask=ok_k[:, None] & ok_v[None, :])
+
+
+@triton.jit
+def _read_kernel(
+    p_a, p_state, p_out, p_rates, tokens, a_token, a_head, out_token, out_head, out_v,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of one head read some columns of its state, added to what is there."""
+    token = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+    i_h, i_k = tl.program_id(1), tl.arange(0, BLOCK_K)
+    i_v = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    real, ok_k, ok_v = token < tokens, i_k < K, i_v < V
+    age = tl.maximum(tokens - 1 - token, 0) if REVERSE else token + 1
+    weight = tl.exp(-tl.load(p_rates + i_h).to(tl.float32) * age.to(tl.float32))
+    if tl.max(weight, 0) > 0:
+        at_a = token[:, None] * a_token + i_h * a_head + i_k[None, :]
+        b_a = tl.load(p_a + at_a, mask=real[:, None] & ok_k[None, :], other=0.0)
+        at_state = (i_h * K + i_k[:, None]) * V + i_v[None, :]
+        state = tl.load(p_state + at_state, mask=ok_k[:, None] & ok_v[None, :], other=0.0)
+        read = tl.dot(b_a, state.to(b_a.dtype), input_precision=PRECISION) * weight[:, None]
+        at_out = token[:, None] * out_token + i_h * out_head + i_v[None, :] * out_v
+        ok = real[:, None] & ok_v[None, :]
+        read += tl.load(p_out + at_out, mask=ok, other=0.0).to(tl.float32)
+        tl.store(p_out + at_out, read.to(p_out.dtype.element_ty), mask=ok)

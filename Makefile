@@ -8,7 +8,7 @@ quickstart: $(READY)  ## train the small model on this machine's own Python libr
 	$(BIN)/fulmen quickstart
 
 test: $(READY)        ## lint, import contracts and the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 lint: $(READY)
 	$(BIN)/ruff check src tests bench

@@ -1,7 +1,6 @@
 """`parts.sum_state` and `parts.add_read` on a GPU: Triton kernels that pass over tokens of no weight.
 
-A weight that is zero in fp32 is that of all tokens further away, for most heads after a few thousand: what is left out
-is exactly zero.
+Most heads forget within a few thousand tokens: what is left out is exactly zero in fp32.
 """
 
 import torch
@@ -9,11 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fulmen.ops.lightning.parts import FARTHEST
+
 SHARE, SHARES = 4096, 64
 """Tokens that one program sums at least, and into how many sums at most: they are added up at the end."""
-
-FARTHEST = tl.constexpr(104.0)
-"""exp(-104) is zero in fp32."""
 
 
 def triton_sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool) -> Tensor:
@@ -27,7 +25,7 @@ def triton_sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool) -> T
     _sum_kernel[grid](
         b, c, sums, rates.contiguous(), tokens, share, *b.stride()[:2], *c.stride()[:2],
         K=keys, V=values, BLOCK_K=triton.next_power_of_2(keys), COLUMNS=columns, REVERSE=reverse,
-        **_sizes(b.dtype),
+        FARTHEST=FARTHEST, **_sizes(b.dtype),
     )  # fmt: skip
     return sums.sum(0)
 
@@ -57,7 +55,7 @@ def _rows(x: Tensor) -> Tensor:
 def _sum_kernel(
     p_b, p_c, p_sums, p_rates, tokens, share, b_token, b_head, c_token, c_head,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, FARTHEST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state, some columns of one head's, of a share of its tokens."""
     i_s, i_h, i_k = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_K)

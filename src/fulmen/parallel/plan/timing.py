@@ -14,7 +14,11 @@ import functools
 from collections import Counter
 from typing import NamedTuple
 
-from fulmen.model.config import LIGHTNING, SOFTMAX
+import torch
+
+from fulmen.model.config import LIGHTNING, SOFTMAX, ModelConfig
+from fulmen.ops.lightning import decay_rates
+from fulmen.ops.lightning.parts import FARTHEST
 from fulmen.parallel.plan.job import Piece, Placement, Stage, groups, operations, stage_weights
 from fulmen.parallel.plan.machines import Group, Machine
 from fulmen.parallel.plan.memory import shard_size
@@ -181,10 +185,21 @@ def _attention(piece: Piece, kind: str, machine: Machine, passes: int) -> float:
         # Backward the scores are computed once more: five products instead of two.
         share = 2.5 if passes == 2 else 1.0
         return share * piece.ring.imbalance * cost / (machine.bf16 * machine.attention)
-    # q, k, v and outputs, backward three such scans; of a row over ranks what makes and reads the states besides.
-    tensors = (12 if passes == 2 else 4) + 6 * piece.ring.is_crossed
+    # q, k, v and outputs, backward three such scans.
+    tensors = 12.0 if passes == 2 else 4.0
+    if piece.ring.is_crossed:
+        # LASP+ besides: two make the states that leave, and of those that enter three read one, backward three times.
+        tensors += (11 if passes == 2 else 5) * _reached(piece.config, piece.tokens // (1 + piece.balanced))
     moved = piece.tokens * tensors * piece.config.attention_size * piece.number
     return max(moved / (machine.bandwidth * machine.passes), passes * cost / (machine.bf16 * machine.products))
+
+
+@functools.lru_cache
+def _reached(config: ModelConfig, tokens: int) -> float:
+    """Of so many tokens the share that the state before them counts for, in the mean of all heads."""
+    layers = [layer for layer, kind in enumerate(config.layers) if kind == LIGHTNING]
+    rates = torch.stack([decay_rates(config.num_heads, layer, config.num_layers) for layer in layers])
+    return float((FARTHEST / rates / max(1, tokens)).clamp(max=1).mean())
 
 
 def _passes(piece: Piece, machine: Machine) -> float:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
-WORTH_PLANNING = 2**31
-"""Scores of all heads from which cuDNN's kernel is taken: the faster one on Hopper, but planned anew
-for every pair of lengths, which takes tens of milliseconds once for all layers."""
+WORTH_PLANNING = 2**32
+"""Scores of all heads from which cuDNN's kernel is taken: the faster one on Hopper, but planned anew for every pair of
+lengths, which takes the host tens of milliseconds, once for all layers."""
 
 
 class Kernel(NamedTuple):

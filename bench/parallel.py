@@ -62,7 +62,7 @@ def main() -> None:
         measure(arguments)
         return
     rate = arguments.rate or "400mbit"
-    command = [sys.executable, __file__, "--rate", rate, "--parts", *SLOW]
+    command = [sys.executable, __file__, "--rate", rate, "--parts", *(p for p in arguments.parts if p in SLOW)]
     command += ["--json", str(arguments.json)] if arguments.json else []
     with hosts(arguments.hosts, rate=rate) as run:
         shared = {"WORLD_SIZE": str(arguments.hosts), "MASTER_PORT": PORT, "OMP_NUM_THREADS": "1"}

@@ -29,6 +29,8 @@ LAYER = {"cpu": "tiny", "cuda": "7b"}
 """Whose heads and sizes longer rows have."""
 MIDDLE = {"cpu": 0, "cuda": 16}
 """Which of its layers: the deeper one lies, the slower its heads forget, and the more tokens a state reaches."""
+REPEATS = 50
+"""Of LASP, whose steps are short."""
 ENOUGH = 2.0
 """Seconds of a step from which it is timed once."""
 
@@ -45,7 +47,7 @@ def lasp(device: torch.device) -> list[dict]:
             row = {"ranks": ranks}
             for name, attention in (("LASP+", lasp_attention), ("serial", serial_lasp_attention)):
                 step = torch.no_grad()(lambda f=attention, a=(qkv, rates, cut, group): f(*a))
-                row[name] = timed(step, device, group)
+                row[name] = timed(step, device, group, REPEATS)
             rows.append(row)
         dist.barrier()
     return rows

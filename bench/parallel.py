@@ -61,8 +61,10 @@ def main() -> None:
     if arguments.hosts is None:
         measure(arguments)
         return
-    rate = arguments.rate or "400mbit"
-    command = [sys.executable, __file__, "--rate", rate, "--parts", *(p for p in arguments.parts if p in SLOW)]
+    parts, rate = [part for part in arguments.parts if part in SLOW], arguments.rate or "400mbit"
+    if not parts:
+        parser.error(f"over slow links {', '.join(SLOW)} are measured, not {', '.join(arguments.parts)}")
+    command = [sys.executable, __file__, "--rate", rate, "--parts", *parts]
     command += ["--json", str(arguments.json)] if arguments.json else []
     with hosts(arguments.hosts, rate=rate) as run:
         shared = {"WORLD_SIZE": str(arguments.hosts), "MASTER_PORT": PORT, "OMP_NUM_THREADS": "1"}

@@ -12,13 +12,14 @@ from fulmen.bench.model import CONFIG as MEASURED
 from fulmen.bench.train import flops
 from fulmen.config import UserError
 from fulmen.model import ModelConfig, VisionLanguageConfig
+from fulmen.model.config import LIGHTNING
 from fulmen.parallel import MeshSizes
 from fulmen.parallel.plan import MACHINES, Job, Machine, Placement, Plan, Serving, find_plan, read_machine
 from fulmen.parallel.plan import find as search
 from fulmen.parallel.plan.job import Piece, _even_borders, cut_stages, groups, needed_operations, stage_weights
 from fulmen.parallel.plan.machines import HOP_LATENCY, HOST_LATENCY, NETWORK_LATENCY, Group, sent
 from fulmen.parallel.plan.memory import step_memory
-from fulmen.parallel.plan.timing import BUBBLE, COMPUTED_AGAIN, estimate_step
+from fulmen.parallel.plan.timing import BUBBLE, COMPUTED_AGAIN, LIGHT, estimate_step, layer_work
 from fulmen.parallel.plan.traffic import step_traffic
 
 LARGE = ModelConfig.preset("minimax-text-01")
@@ -375,3 +376,16 @@ class TestServing:
 def test_a_machine_is_checked():
     with pytest.raises(UserError, match="gpus must be above 0, got 0"):
         Machine(name="x", memory=1, bf16=1, int8=1, bandwidth=1, link=1, network=1, gpus=0)
+
+
+def test_lasp_costs_what_its_states_reach():
+    def seconds(context, cp, tp=1):
+        piece = Piece(config=LARGE, context=context, cp=cp, tp=tp)
+        return layer_work(piece, LIGHTNING, MACHINES["H800"], 1)[LIGHT]
+
+    # Alone four tensors move; over ranks up to five more, the fewer the longer a rank's segments are.
+    extra = [4 * (cp * seconds(context, cp) / seconds(context, 1) - 1) for context, cp in ((2**13, 8), (2**20, 8))]
+    assert 4.5 < extra[0] < 5
+    assert 0.5 < extra[1] < 2
+    # Ranks that share the heads have the same tokens.
+    assert seconds(2**17, 8, tp=4) == pytest.approx(seconds(2**17, 8) / 4)

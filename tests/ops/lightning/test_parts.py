@@ -7,7 +7,7 @@ from fulmen.ops import gpu
 from fulmen.ops.lightning import chunked, silu_lightning_attention
 from fulmen.ops.lightning.parts import add_read, backward_pass, forward_pass, sum_state
 
-HEADS, KEYS, VALUES = 3, 32, 64
+HEADS, KEYS, VALUES = 3, 32, 96
 LENGTHS = (1, 5, 64, 150)
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -62,6 +62,28 @@ def test_what_tokens_read_is_added(function, length, reverse):
     expected[:, :, 1] += read
     function(row[:, :, 1], a, state, RATES, reverse=reverse)
     torch.testing.assert_close(row.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_tokens_count_as_long_as_they_weigh_anything(reverse):
+    # What is far away is so large that each of the 26 nearest tokens adds one, though the last weighs exp(-78).
+    rate, ages = torch.tensor([3.0], device=DEVICE), torch.arange(64.0, device=DEVICE)
+    ages = ages + 1 if reverse else ages.flip(0)
+    large = torch.where(ages <= 26, (3 * ages).exp(), 0.0)[:, None, None].expand(64, 1, 32)
+    ones, near = torch.ones(64, 1, 32, device=DEVICE), int((ages <= 26).sum())
+    found = kernels("sum_state")(ones, large, rate, reverse=reverse)
+    torch.testing.assert_close(found, torch.full_like(found, near), rtol=1e-3, atol=0)
+    out = torch.zeros(64, 1, 32, device=DEVICE)
+    kernels("add_read")(out, large, torch.eye(32, device=DEVICE)[None], rate, reverse=not reverse)
+    torch.testing.assert_close(out, (large > 0).float(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("function", [sum_state, sum_state_by_kernel])
+def test_small_gradients_in_fp16(function):
+    b, c = random(2048, HEADS, KEYS).half(), (1e-5 * random(2048, HEADS, VALUES)).half()
+    expected = torch.einsum("th,thk,thv->hkv", weights(2048, True), b.double().cpu(), c.double().cpu())
+    found = function(b, c, RATES, reverse=True).double().cpu()
+    assert (found - expected).norm() < 5e-4 * expected.norm()
 
 
 def by_triton():

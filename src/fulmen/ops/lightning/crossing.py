@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fulmen.ops.lightning.parts import FARTHEST
 
-SHARE, SHARES = 4096, 64
+SHARE, SHARES = 4096, 16
 """Tokens that one program sums at least, and into how many sums at most: they are added up at the end."""
 
 
@@ -63,7 +63,7 @@ def _sum_kernel(
     ok_k, ok_v = i_k < K, i_v < V
     rate = tl.load(p_rates + i_h).to(tl.float32)
     begin, end = i_s * share, tl.minimum((i_s + 1) * share, tokens)
-    reach = tl.minimum(FARTHEST / tl.maximum(rate, 1e-8), tokens * 1.0).to(tl.int32) + 1
+    reach = tl.minimum((FARTHEST / tl.maximum(rate, 1e-7)).to(tl.int32), tokens) + 1
     if REVERSE:
         end = tl.minimum(end, reach)
     else:
@@ -77,7 +77,7 @@ def _sum_kernel(
         at_b, at_c = row * b_token + i_h * b_head + i_k[None, :], row * c_token + i_h * c_head + i_v[None, :]
         b_b = tl.load(p_b + at_b, mask=real[:, None] & ok_k[None, :], other=0.0)
         b_c = tl.load(p_c + at_c, mask=real[:, None] & ok_v[None, :], other=0.0)
-        b_c = (b_c * weight[:, None]).to(b_c.dtype)
+        b_b = (b_b * weight[:, None]).to(b_b.dtype)  # of c, gradients may be too small for fp16 already
         state = tl.dot(tl.trans(b_b), b_c, state, input_precision=PRECISION)
     at = ((i_s * tl.num_programs(1) + i_h).to(tl.int64) * K + i_k[:, None]) * V + i_v[None, :]
     tl.store(p_sums + at, state, mask=ok_k[:, None] & ok_v[None, :])

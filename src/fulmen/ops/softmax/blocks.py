@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fulmen.ops.softmax.fused import fused_kernel
+from fulmen.ops.softmax.fused import cut_block, fused_kernel
 
 SCORES = 2**24
 """Scores that exist at a time where the block's attention is plain products."""
@@ -26,6 +26,16 @@ class Attended(NamedTuple):
 
 def attend_block(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Attended:
     """q [T, H, D] over k, v [S, H_kv, D], all of them or, if `causal` (T == S), those up to its own place."""
+    rows: dict[int, Attended] = {}
+    for queries, keys, on_diagonal in cut_block(q, k, causal=causal):
+        part = _attend(q[queries], k[keys], v[keys], on_diagonal)
+        rows[queries.start] = merge(rows.get(queries.start), part)
+    if len(rows) == 1:
+        return rows[0]
+    return Attended(*(torch.cat(parts) for parts in zip(*rows.values(), strict=True)))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Attended:
     if kernel := fused_kernel(q, k, causal=causal):
         out, lse = kernel.forward(q, k, v, causal)
         return Attended(out.float(), lse)
@@ -56,6 +66,21 @@ def attend_block_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Attended, dots: Tensor, *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 gradients of q, k and v by this block's part in the merged outputs; dots: from `row_dots`."""
+    pieces = cut_block(q, k, causal=causal)
+    if len(pieces) == 1:
+        return _attend_backward(d_out, q, k, v, merged, dots, causal)
+    sums = [torch.zeros_like(x, dtype=merged.out.dtype) for x in (q, k, v)]
+    for rows, keys, on_diagonal in pieces:
+        seen = Attended(merged.out[rows], merged.lse[rows])
+        grads = _attend_backward(d_out[rows], q[rows], k[keys], v[keys], seen, dots[rows], on_diagonal)
+        for total, place, grad in zip(sums, (rows, keys, keys), grads, strict=True):
+            total[place] += grad
+    return tuple(sums)
+
+
+def _attend_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, merged: Attended, dots: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     if kernel := fused_kernel(q, k, causal=causal):
         rounded = d_out.to(q.dtype), q, k, v, merged.out.to(q.dtype)
         return tuple(grad.float() for grad in kernel.backward(*rounded, merged.lse, causal))

@@ -1,4 +1,9 @@
-"""PyTorch's kernels that give a block's logarithms of sums too, and take merged ones backward (see `blocks`)."""
+"""PyTorch's kernels that give a block's logarithms of sums too, and take merged ones backward (see `blocks`).
+
+On Hopper cuDNN's is the faster one, but it is planned anew for every pair of lengths, which takes the host tens of
+milliseconds, and no plan is ever dropped. So large blocks are cut: what is round goes to cuDNN, with lengths that come
+again, and the rest to FlashAttention-2.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
-WORTH_PLANNING = 2**32
-"""Scores of all heads from which cuDNN's kernel is taken: the faster one on Hopper, but planned anew for every pair of
-lengths, which takes the host tens of milliseconds, once for all layers."""
+ROUND = 4096
+"""Of what the lengths are multiples that cuDNN is given."""
+
+WORTH_CUTTING = 2**30
+"""Scores of all heads from which a block is cut."""
 
 
 class Kernel(NamedTuple):
@@ -20,15 +27,42 @@ class Kernel(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+class Piece(NamedTuple):
+    """Some queries of a block over some of its keys, those up to its own place if `causal`."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+
+
+def cut_block(q: Tensor, k: Tensor, *, causal: bool) -> list[Piece]:
+    """The pieces of q [T, H, D] over keys k [S, H_kv, D], T == S if `causal`; one where nothing is gained."""
+    queries, keys = (len(x) - len(x) % ROUND for x in (q, k))
+    if not (queries and keys and len(q) * len(k) * q.shape[1] >= WORTH_CUTTING and _prefers_cudnn(q, k, causal)):
+        return [Piece(slice(0, len(q)), slice(0, len(k)), causal)]
+    upper, lower, left, right = slice(0, queries), slice(queries, len(q)), slice(0, keys), slice(keys, len(k))
+    pieces = [Piece(upper, left, causal), Piece(lower, left, False), Piece(lower, right, causal)]
+    pieces += [] if causal else [Piece(upper, right, False)]
+    return [p for p in pieces if p.queries.start < p.queries.stop and p.keys.start < p.keys.stop]
+
+
 def fused_kernel(q: Tensor, k: Tensor, *, causal: bool) -> Kernel | None:
-    """The one for q [T, H, D] and keys k [S, H_kv, D]; None if there is none."""
-    if not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256):
+    """The one for a piece; None if there is none."""
+    if not _has_kernel(q):
         return None
-    if len(q) * len(k) * q.shape[1] >= WORTH_PLANNING:
-        heads = [x.detach()[None].transpose(1, 2) for x in (q, k, k)]
-        if can_use_cudnn_attention(SDPAParams(*heads, None, 0.0, causal, q.shape[1] != k.shape[1])):
-            return CUDNN
-    return FLASH
+    is_round = not (len(q) % ROUND or len(k) % ROUND)
+    return CUDNN if is_round and _prefers_cudnn(q, k, causal) else FLASH
+
+
+def _has_kernel(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _prefers_cudnn(q: Tensor, k: Tensor, causal: bool) -> bool:
+    if not _has_kernel(q) or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return False
+    heads = [x.detach()[None].transpose(1, 2) for x in (q, k, k)]
+    return can_use_cudnn_attention(SDPAParams(*heads, None, 0.0, causal, q.shape[1] != k.shape[1]))
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

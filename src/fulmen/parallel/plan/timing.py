@@ -189,7 +189,7 @@ def _attention(piece: Piece, kind: str, machine: Machine, passes: int) -> float:
     tensors = 12.0 if passes == 2 else 4.0
     if piece.ring.is_crossed:
         # LASP+ besides: two make the states that leave, and of those that enter three read one, backward three times.
-        tensors += (11 if passes == 2 else 5) * _reached(piece.config, piece.tokens // (1 + piece.balanced))
+        tensors += (11 if passes == 2 else 5) * _reached(piece.config, piece.wide_tokens // (1 + piece.balanced))
     moved = piece.tokens * tensors * piece.config.attention_size * piece.number
     return max(moved / (machine.bandwidth * machine.passes), passes * cost / (machine.bf16 * machine.products))
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fulmen.ops.lightning.parts import FARTHEST
+from fulmen.ops.lightning.triton import as_rows
 
 SHARE, SHARES = 4096, 16
 """Tokens that one program sums at least, and into how many sums at most: they are added up at the end."""
@@ -17,7 +18,7 @@ SHARE, SHARES = 4096, 16
 def triton_sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool) -> Tensor:
     """See `fulmen.ops.lightning.parts.sum_state`."""
     (tokens, heads, keys), values = b.shape, c.shape[2]
-    b, c = _rows(b), _rows(c)
+    b, c = as_rows(b), as_rows(c)
     share = max(SHARE, triton.cdiv(tokens, SHARES))
     sums = torch.empty(triton.cdiv(tokens, share), heads, keys, values, dtype=torch.float32, device=b.device)
     columns = min(64, triton.next_power_of_2(values))
@@ -33,7 +34,7 @@ def triton_sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool) -> T
 def triton_add_read(out: Tensor, a: Tensor, state: Tensor, rates: Tensor, *, reverse: bool) -> None:
     """See `fulmen.ops.lightning.parts.add_read`."""
     (tokens, heads, keys), values = a.shape, out.shape[2]
-    a, state, columns = _rows(a), state.contiguous(), min(64, triton.next_power_of_2(values))
+    a, state, columns = as_rows(a), state.contiguous(), min(64, triton.next_power_of_2(values))
     sizes = _sizes(a.dtype)
     grid = (triton.cdiv(tokens, sizes["C"]), heads, triton.cdiv(values, columns))
     _read_kernel[grid](
@@ -45,10 +46,6 @@ def triton_add_read(out: Tensor, a: Tensor, state: Tensor, rates: Tensor, *, rev
 def _sizes(dtype: torch.dtype) -> dict[str, object]:
     """Tokens of a block, and the precision of products."""
     return {"C": 32, "PRECISION": "ieee"} if dtype == torch.float32 else {"C": 64, "PRECISION": "tf32"}
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit

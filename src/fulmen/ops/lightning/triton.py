@@ -48,7 +48,7 @@ def triton_lightning_attention(
     if refusal is not None:
         raise ValueError(f'backend "triton" {refusal}')
     shape, values = q.shape[:3], v.shape[3]
-    flat = [_rows(x.reshape(-1, *x.shape[2:])) for x in (q, k, v)]
+    flat = [as_rows(x.reshape(-1, *x.shape[2:])) for x in (q, k, v)]
     return _attend(flat, shape, values, rates, state, cu_seqlens, tiling, segment, has_silu=False)
 
 
@@ -221,7 +221,7 @@ class _Lightning(torch.autograd.Function):
         q, k, v = _activated(inputs, ctx.has_silu)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
         d_q, d_k, d_v = grads[0].unbind(2) if len(grads) == 1 else grads
-        d_out, d_final = _rows(d_out), d_final.contiguous()
+        d_out, d_final = as_rows(d_out), d_final.contiguous()
         leaving, d_initial = _entering(scan, q, d_out, d_final, reverse=True)
         last = None
         if d_initial is None and ctx.has_initial:
@@ -297,7 +297,8 @@ def _new_states(like: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.empty(len(like), b.shape[1], b.shape[2], c.shape[2], dtype=torch.float32, device=b.device)
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """The same with its last dim contiguous, as the kernels read it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -86,7 +86,7 @@ def open_model(path: str | Path) -> Model:
         # All else is small.
         for name, module in model.named_modules():
             if not f"{name}.".startswith(TEXT):
-                _allocate_own(module, "cpu", torch.float32)
+                allocate_own(module, "cpu", torch.float32)
         read(parameter for parameter in model.parameters() if not parameter.is_meta)
     return model
 
@@ -213,10 +213,11 @@ def _allocate(model: Model, device: str | torch.device, dtype: torch.dtype) -> N
             allocate_int8(module, matrix, device)
         model.requires_grad_(False)
     for module in model.modules():
-        _allocate_own(module, device, dtype)
+        allocate_own(module, device, dtype)
 
 
-def _allocate_own(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> None:
+def allocate_own(module: nn.Module, device: str | torch.device, dtype: torch.dtype | None = None) -> None:
+    """Give a module's own parameters, where they are on the meta device, memory, unfilled; dtype None: their own."""
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.is_meta:
             new = torch.empty_like(parameter, device=device, dtype=dtype)

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from fulmen.checkpoint.names import Model, text_model
+from fulmen.checkpoint.reader import allocate_own
 from fulmen.config import UserError
 from fulmen.model import LanguageModel, ModelConfig, VisionLanguageModel
 from fulmen.model.layer import DecoderLayer
@@ -90,18 +91,10 @@ def _spread_vision(model: VisionLanguageModel, stage: int, dense: DeviceMesh) ->
 
 def _draw(model: LanguageModel, part: nn.Module, mesh: Mesh) -> None:
     """Give a part that is on the meta device its first weights, those that one process would draw."""
-    empty = [
-        (module, name)
-        for module in part.modules()
-        for name, p in module._parameters.items()
-        if p is not None and p.is_meta
-    ]
-    if not empty:
+    if not any(parameter.is_meta for parameter in part.parameters()):
         return
-    for module, name in empty:
-        parameter = module._parameters[name]
-        whole = torch.empty_like(parameter, device="cpu")
-        module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    for module in part.modules():
+        allocate_own(module, "cpu")
     model.init_part(part)
     part.to(mesh.device)
 

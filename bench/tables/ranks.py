@@ -79,9 +79,21 @@ def axes(name: str) -> str:
 
 
 def gpu_ranks_machine() -> str:
+    return machine("parallel")
+
+
+def two_gpus_machine() -> str:
+    return machine("parallel-two")
+
+
+def machine(name: str) -> str:
     """What many ranks ran on; one line."""
-    at = read("parallel")["machine"]
+    at = read(name)["machine"]
     return f"{at['ranks']} {at['gpu']} of one host, torch {at['torch']}, NCCL."
+
+
+def two_gpus_axes() -> str:
+    return axes("parallel-two")
 
 
 def gpu_ranks_check() -> str:
@@ -95,8 +107,16 @@ def gpu_ranks_check() -> str:
 
 
 def gpu_ranks_lengths() -> str:
+    return lengths("parallel")
+
+
+def two_gpus_lengths() -> str:
+    return lengths("parallel-two")
+
+
+def lengths(name: str) -> str:
     """Milliseconds, measured and planned, and the share of n times one rank's speed."""
-    results = read("parallel")
+    results = read(name)
     counts = [ranks for ranks in (1, 2, 4, 8) if ranks <= results["machine"]["ranks"]]
 
     def cell(row: dict, ranks: int) -> str:
@@ -146,4 +166,7 @@ TABLES = (
     gpu_ranks_lasp,
     gpu_ranks_experts,
     gpu_ranks_training,
+    two_gpus_machine,
+    two_gpus_axes,
+    two_gpus_lengths,
 )

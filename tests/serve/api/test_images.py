@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from PIL import ExifTags, Image
 from tests.serve.api.fakes import MODEL, FakeService
 from tests.serve.api.pictures import asking, bomb, data_url, part, picture, png
-from tests.serve.api.test_app import CHAT, HELLO, TEXT, call, error_of, events_of
+from tests.serve.api.requests import CHAT, HELLO, TEXT, call, error_of, events_of
 
 from fulmen.data import ImageLimits, ImageProcessor
 from fulmen.serve.api import images, limits

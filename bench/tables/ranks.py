@@ -82,18 +82,14 @@ def gpu_ranks_machine() -> str:
     return machine("parallel")
 
 
-def two_gpus_machine() -> str:
-    return machine("parallel-two")
-
-
 def machine(name: str) -> str:
     """What many ranks ran on; one line."""
     at = read(name)["machine"]
     return f"{at['ranks']} {at['gpu']} of one host, torch {at['torch']}, NCCL."
 
 
-def two_gpus_axes() -> str:
-    return axes("parallel-two")
+def gpu_ranks_axes() -> str:
+    return axes("parallel")
 
 
 def gpu_ranks_check() -> str:
@@ -108,10 +104,6 @@ def gpu_ranks_check() -> str:
 
 def gpu_ranks_lengths() -> str:
     return lengths("parallel")
-
-
-def two_gpus_lengths() -> str:
-    return lengths("parallel-two")
 
 
 def lengths(name: str) -> str:
@@ -162,11 +154,9 @@ TABLES = (
     cpu_ranks,
     gpu_ranks_machine,
     gpu_ranks_check,
+    gpu_ranks_axes,
     gpu_ranks_lengths,
     gpu_ranks_lasp,
     gpu_ranks_experts,
     gpu_ranks_training,
-    two_gpus_machine,
-    two_gpus_axes,
-    two_gpus_lengths,
 )

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulmen.model import LanguageModel
 from fulmen.parallel import Cut, Mesh, MeshSizes
-from fulmen.parallel.apply import parallelize
+from fulmen.parallel.apply import begin_row, parallelize
 from fulmen.parallel.context import SliceContext
 from fulmen.parallel.plan import Job, Placement
 from fulmen.parallel.plan.traffic import step_traffic
@@ -48,7 +48,7 @@ class Counted(TorchDispatchMode):
 
 
 def step_on_a_rank(sizes, options):
-    """A step of one row of 64 tokens, of equal samples, for each replica; what is counted."""
+    """A step of rows of 64 tokens, of equal samples, for each replica; what is counted."""
     torch.manual_seed(0)
     mesh, model = Mesh(sizes, "cpu"), LanguageModel(CONFIG)
     dtype = torch.bfloat16 if options.get("number") == 2 else torch.float32
@@ -59,8 +59,11 @@ def step_on_a_rank(sizes, options):
     where = {"cache": SliceContext(CONFIG, cut, mesh.group("cp"))} if mesh.sizes.cp > 1 else {}
     mine = cut.take(row, mesh.rank("cp"))
     with Counted() as counted, torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-        found = model.loss(mine, mine, **where, checkpoint_layers=options.get("checkpoint", False))
-        found.nll.backward()
+        for left in reversed(range(options.get("rows", 1))):
+            if options.get("keep"):
+                begin_row(model, trains=True, last=left == 0)
+            found = model.loss(mine, mine, **where, checkpoint_layers=options.get("checkpoint", False))
+            found.nll.backward()
         finish_gradients(model, mesh)
     return counted.times, counted.given
 
@@ -68,7 +71,7 @@ def step_on_a_rank(sizes, options):
 def planned(sizes, options):
     given = {"samples": 1, "checkpoint": False, "balanced": False, "groups": 1, "number": 4} | options
     placement = Placement(
-        job=Job(config=CONFIG, context=64 // given["samples"], batch=64 * sizes.dp),
+        job=Job(config=CONFIG, context=64 // given["samples"], batch=64 * sizes.dp * given.pop("rows", 1)),
         sizes=sizes,
         load=1.0,
         **given,
@@ -88,6 +91,9 @@ CASES = {
     "more tp than heads of keys, computed again": (4, {"tp": 4}, {"checkpoint": True}),
     "fsdp, computed again": (2, {"dp": 2}, {"checkpoint": True}),
     "fsdp in bf16, computed again": (2, {"dp": 2}, {"number": 2, "checkpoint": True}),
+    "fsdp, several rows": (2, {"dp": 2}, {"rows": 3}),
+    "fsdp, weights that stay gathered": (2, {"dp": 2}, {"rows": 3, "keep": True, "checkpoint": True}),
+    "cp, ep, weights that stay gathered": (2, {"cp": 2, "ep": 2}, {"rows": 3, "keep": True}),
     "fsdp, ep, computed again": (2, {"dp": 2, "ep": 2}, {"groups": 2, "checkpoint": True}),
     "ep x etp, computed again": (4, {"ep": 2, "etp": 2}, {"groups": 4, "checkpoint": True}),
     "cp x tp, ep": (4, {"cp": 2, "tp": 2, "ep": 4}, {"groups": 2}),

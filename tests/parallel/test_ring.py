@@ -23,22 +23,24 @@ def whole_row(borders):
 
 
 def on_a_rank(cases):
-    """Outputs and gradients of this rank's part of each (borders, balanced, overlap)."""
+    """Outputs and gradients of this rank's part of each (borders, balanced, overlap, steps ahead)."""
     found = []
-    for borders, balanced, overlap in cases:
+    for borders, balanced, overlap, ahead in cases:
         cut, rank = Cut(borders, dist.get_world_size(), balanced), dist.get_rank()
         q, k, v, grad = (cut.take(x, rank) for x in whole_row(borders))
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        out = ring_attention(*inputs, cut, dist.group.WORLD, overlap=overlap)
-        out.backward(grad)
+        with mock.patch.object(ring, "steps_ahead", lambda step_bytes, ahead=ahead: ahead):
+            out = ring_attention(*inputs, cut, dist.group.WORLD, overlap=overlap)
+            out.backward(grad)
         found.append((out.detach(), *(x.grad for x in inputs)))
     return found
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_outputs_and_gradients_are_those_of_the_whole_row(world):
-    cases = [*itertools.product(BORDERS, (False, True), (True,)), (BORDERS[0], False, False)]
-    for (borders, balanced, _), *parts in zip(cases, *run_ranks(world, on_a_rank, cases), strict=True):
+    cases = [*itertools.product(BORDERS, (False, True), (True,), (world,)), (BORDERS[0], False, False, world)]
+    cases += [(borders, True, True, ahead) for borders in BORDERS[:2] for ahead in (1, 2)]
+    for (borders, balanced, *_), *parts in zip(cases, *run_ranks(world, on_a_rank, cases), strict=True):
         *inputs, grad = whole_row(borders)
         inputs = [x.requires_grad_() for x in inputs]
         out = softmax_attention(*inputs, torch.tensor(borders, dtype=torch.int32))
@@ -49,7 +51,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_row(world):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=f"{borders} {balanced} {number}")
 
 
-def messages(borders):
+def messages(borders, dtype=torch.float32):
     """How many messages of how many bytes this rank sends, forward and backward."""
     sent, exchange = [], dist.batch_isend_irecv
 
@@ -59,7 +61,7 @@ def messages(borders):
 
     with mock.patch.object(dist, "batch_isend_irecv", counted):
         cut, rank = Cut(borders, dist.get_world_size()), dist.get_rank()
-        q, k, v, grad = (cut.take(x, rank) for x in whole_row(borders))
+        q, k, v, grad = (cut.take(x, rank).to(dtype) for x in whole_row(borders))
         inputs = [x.requires_grad_() for x in (q, k, v)]
         ring_attention(*inputs, cut, dist.group.WORLD).backward(grad)
     return sent
@@ -71,13 +73,18 @@ def test_what_nobody_needs_is_not_sent():
     assert run_ranks(4, messages, (0, 8, 16, 24, 32)) == [[], [], [], []]
     # Of the second sample five tokens lie with rank 0 and two with rank 1, which sends their gradients home.
     assert run_ranks(4, messages, (0, 3, 10, 16, 24, 32)) == [[5 * token] * 2, [5 * token], [], []]
+    # Gradients have the keys' dtype.
+    half = 5 * token // 2
+    assert run_ranks(4, messages, (0, 3, 10, 16, 24, 32), torch.bfloat16) == [[half] * 2, [half], [], []]
     # Of the last one eight lie with rank 2 and six with rank 3; the others have none of it.
     assert run_ranks(4, messages, (0, 8, 16, 30, 32)) == [[], [], [8 * token] * 2, [8 * token]]
 
 
-def order_of_work():
-    """In which steps this rank launches keys, and computes with them, forward."""
-    log, launch, blocks = [], ring._Ring._launch, ring._Ring.blocks
+def order_of_work(ahead_bytes):
+    """In which steps this rank launches keys, computes with them, and sends gradients home, forward and backward; and
+    how many gradients are to arrive at the most."""
+    log, launch, blocks, home = [], ring._Ring._launch, ring._Ring.blocks, ring._Ring.send_home
+    arriving = 0
 
     def launched(self, step, mine):
         log.append(f"launch {step}")
@@ -87,14 +94,42 @@ def order_of_work():
         log.append(f"compute {(self.rank - owner) % self.cut.ranks}")
         return blocks(self, owner)
 
-    with mock.patch.object(ring._Ring, "_launch", launched), mock.patch.object(ring._Ring, "blocks", computed):
+    def sent(self, step, gradients, mine):
+        log.append(f"home {step}")
+        nonlocal arriving
+        arriving = max(arriving, 1 + len(Grads.last._arriving))
+        return home(self, step, gradients, mine)
+
+    class Grads(ring._Gradients):
+        def __init__(self, *args):
+            super().__init__(*args)
+            Grads.last = self
+
+    watched = {"_launch": launched, "blocks": computed, "send_home": sent}
+    with (
+        mock.patch.multiple(ring._Ring, **watched),
+        mock.patch.multiple(ring, _Gradients=Grads, AHEAD=ahead_bytes),
+    ):
         cut, rank = Cut((0, 8, 16, 24, 32), dist.get_world_size(), balanced=True), dist.get_rank()
-        q, k, v, _ = (cut.take(x, rank) for x in whole_row((0, 8, 16, 24, 32)))
-        ring_attention(q, k, v, cut, dist.group.WORLD)
-    return log
+        *inputs, grad = (cut.take(x, rank) for x in whole_row((0, 8, 16, 24, 32)))
+        out = ring_attention(*(x.requires_grad_() for x in inputs), cut, dist.group.WORLD)
+        forward = log[:]
+        out.backward(grad)
+    return forward, log[len(forward) :], arriving
 
 
-def test_keys_travel_one_step_ahead_and_from_their_owner():
-    """Each sample lies with two neighbours, one after the other or the other way round: nothing in step 2."""
-    steps = ["launch 1", "compute 0", "launch 3", "compute 1", "compute 3"]
-    assert run_ranks(4, order_of_work) == [steps] * 4
+def test_keys_come_from_their_owner_as_far_ahead_as_memory_allows():
+    """Each sample lies with two neighbours, one after the other or the other way round: nothing in step 2. A rank gives
+    8 tokens in a step, of 2 x 2 heads x 8 numbers of four bytes; backward there are their gradients, going and
+    coming."""
+    step = 8 * 2 * KEY_HEADS * WIDTH * 4
+    one_ahead = ["launch 1", "compute 0", "launch 3", "compute 1", "compute 3"]
+    all_ahead = ["launch 1", "launch 3", "compute 0", "compute 1", "compute 3"]
+    for available, forward, backward, gradients in (
+        (0, one_ahead, one_ahead, 1),
+        (2 * step, all_ahead, one_ahead, 1),
+        (6 * step, all_ahead, all_ahead, 2),
+    ):
+        homes = {"compute 1": ["home 1"], "compute 3": ["home 3"]}
+        backward = [each for work in backward for each in (work, *homes.get(work, []))]
+        assert run_ranks(4, order_of_work, available) == [(forward, backward, gradients)] * 4

@@ -59,7 +59,12 @@ def test_a_run_goes_on_over_other_ranks_and_on_one(folder, monkeypatch):
     monkeypatch.chdir(folder)
     run(folder, "whole", 16)
     run_ranks(2, run, folder, "parts", 5)
-    meshes = ("mesh.cp=2", "mesh.ep=2"), (), ("mesh.pp=2", "mesh.cp=2"), ("mesh.tp=2", "mesh.etp=2")
+    meshes = (
+        ("mesh.cp=2", "mesh.ep=2", "mesh.keep_weights=true"),
+        (),
+        ("mesh.pp=2", "mesh.cp=2"),
+        ("mesh.tp=2", "mesh.etp=2"),
+    )
     for ranks, steps, mesh in zip((4, 1, 4, 4), (8, 11, 14, 16), meshes, strict=True):
         arguments = (folder, "parts", steps, *mesh)
         told = run_ranks(ranks, resumed, *arguments) if ranks > 1 else [run(*arguments, resume=True)[0]]

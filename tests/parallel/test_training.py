@@ -16,11 +16,11 @@ STEPS = 20
 SETTINGS = ("schedule.batch_tokens=111", "schedule.micro_batch_tokens=37", "train.capacity_factor=0")
 
 
-def trained(folder, sizes):
+def trained(folder, sizes, keep_weights=False):
     """Of some steps the losses and gradient norms, and all parameters in the end; sizes None: one process."""
     text = make_text()
     world = None if sizes is None else World(Mesh(sizes, "cpu"))
-    trainer = make_trainer(folder, text, Tokenizer.train([text], 300), SETTINGS, world)
+    trainer = make_trainer(folder, text, Tokenizer.train([text], 300), SETTINGS, world, keep_weights)
     metrics = [trainer.train_step() for _ in range(STEPS)]
     parameters = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
@@ -60,10 +60,19 @@ def alone(folder):
     ids=lambda sizes: " x ".join(f"{name} {size}" for name, size in sizes.items()),
 )
 def test_training_over_ranks_is_training(folder, alone, sizes):
+    check_training(folder, alone, sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"cp": 2, "ep": 2}], ids=lambda sizes: " x ".join(sizes))
+def test_with_weights_that_stay_gathered(folder, alone, sizes):
+    check_training(folder, alone, sizes, keep_weights=True)
+
+
+def check_training(folder, alone, sizes, keep_weights=False):
     curve, parameters = alone
     world = math.prod(size for name, size in sizes.items() if name in ("pp", "dp", "cp", "tp"))
     met = set()
-    for found_curve, found in run_ranks(world, trained, folder, MeshSizes(**sizes)):
+    for found_curve, found in run_ranks(world, trained, folder, MeshSizes(**sizes), keep_weights):
         torch.testing.assert_close(torch.tensor(found_curve), torch.tensor(curve), rtol=1e-4, atol=1e-4)
         met |= set(found)
         for name, value in found.items():

@@ -71,7 +71,12 @@ def make_text() -> str:
 
 
 def make_trainer(
-    folder: Path, text: str, tokenizer: Tokenizer, overrides: Sequence[str] = (), world: World | None = None
+    folder: Path,
+    text: str,
+    tokenizer: Tokenizer,
+    overrides: Sequence[str] = (),
+    world: World | None = None,
+    keep_weights: bool = False,
 ) -> Trainer:
     """Of the recipe in a folder, with some keys changed, on the documents that the text's lines are."""
     settings = load_recipe(folder / "recipe.toml", TrainRecipe, overrides)
@@ -82,5 +87,5 @@ def make_trainer(
     shape = {"batch_tokens": settings.schedule.batch_tokens, "sequence_length": settings.data.sequence_length}
     loader, cpu = PackedLoader(documents, tokenizer, seed=0, **shape), torch.device("cpu")
     if world is not None:
-        world.shard(model)
+        world.shard(model, keep_weights=keep_weights)
     return Trainer(LanguageObjective(model, loader, tokenizer, settings, cpu, world=world), settings, cpu, world)

@@ -79,6 +79,18 @@ def parallelize(
     return waits
 
 
+def begin_row(model: nn.Module, *, trains: bool, last: bool) -> None:
+    """Before a row's passes through a spread model whose weights stay gathered until the last row of a step.
+
+    The last one's backward pass sums the gradients of all rows, which gathered weights have had to themselves. Where
+    nothing `trains`, weights are let go layer by layer.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_forward(not trains)
+    model.set_reshard_after_backward(last)
+    model.set_requires_gradient_sync(last)
+
+
 def _spread_vision(model: VisionLanguageModel, stage: int, dense: DeviceMesh) -> None:
     if stage > 0:
         leave_out_vision(model)

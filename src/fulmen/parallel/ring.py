@@ -3,14 +3,16 @@
 The row is cut as a whole, wherever samples begin and end. Keys of other ranks are what the heads of segments need,
 parts of samples that began in an earlier segment; everything else is attention within a rank. In step s each rank gives
 the keys of its tails to the one s ranks further round the ring, if that needs them, and takes those of the one s ranks
-before; steps in which nobody needs any are left out. The next keys travel while those at hand are computed. Backward
-keys go the same way, and each rank sends its part of their gradients home.
+before; steps in which nobody needs any are left out. The keys of later steps travel while those at hand are computed.
+Backward keys go the same way, and each rank sends its part of their gradients home, in the dtype of the keys.
 
-Keys come straight from their owner and are not handed on: a rank that has much to compute with some would else keep
-them from the next one for as long.
+Ranks meet to exchange something, and one that has much to compute in a step comes late: samples of any lengths give all
+ranks as much altogether (`Cut`), but not in each step. So keys come straight from their owner instead of being handed
+on, and long before they are needed, and gradients may arrive long after: as many steps as memory allows (`AHEAD`).
 """
 
 import itertools
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +24,20 @@ from torch.autograd.function import once_differentiable
 from fulmen.ops.softmax import softmax_attention
 from fulmen.ops.softmax.blocks import Attended, attend_block, attend_block_backward, merge, row_dots
 from fulmen.parallel.cut import Cut
+
+AHEAD = 2**32
+"""Bytes of keys, and backward of their gradients, that may be under way to and from a rank; of one step in any case."""
+
+BACKWARD_TENSORS = 3
+"""As large as a step's keys that the backward pass has under way: those, their gradients here, and its own back."""
+
+Arriving = tuple[Tensor | None, list[dist.Work]]
+"""What is there once the works are done; None if nothing comes."""
+
+
+def steps_ahead(step_bytes: float) -> int:
+    """How many steps' keys and gradients may be under way."""
+    return max(1, int(AHEAD // max(1, step_bytes)))
 
 
 def ring_attention(
@@ -82,37 +98,44 @@ class _Ring:
                 found += [_Block(head, keys) for head in torch.nonzero(distances[:, number] >= 0).flatten().tolist()]
         return found
 
-    def walk(self, mine: Tensor, visit: Callable[[int, Tensor | None], None]) -> None:
-        """`visit(step, keys)` of this rank's own [2, n, H_kv, D] at step 0, and of those that come at each later one,
-        None if there are none."""
-        keys, works = mine, []
-        for step, following in itertools.pairwise([0, *self.steps, None]):
-            _wait(works)
-            coming, next_works = None, []
-            if following is not None:
-                coming, next_works = self._launch(following, mine)
-            if not self.overlap:
-                _wait(next_works)
-                next_works = []
-            visit(step, keys)
-            keys, works = coming, next_works
+    def ahead(self, mine: Tensor, tensors: int = 1) -> int:
+        """How many steps may be under way at a time, each with so many tensors of keys' size; the same on all ranks.
 
-    def send_home(self, step: int, gradients: Tensor | None, mine: Tensor) -> tuple[Tensor | None, list[dist.Work]]:
-        """Send gradients of the keys that are here to their owner, as others do of this rank's keys, shaped as `mine`.
-
-        Gives back what arrives, if anything does, once the works are done.
+        mine: as in `walk`.
         """
+        most = max(map(self._num_keys, range(self.cut.ranks)))
+        pairs, _, heads, width = mine.shape
+        return steps_ahead(tensors * most * pairs * heads * width * mine.element_size()) if self.overlap else 1
+
+    def walk(self, mine: Tensor, visit: Callable[[int, Tensor | None], None], ahead: int) -> None:
+        """`visit(step, keys)` of this rank's own [2, n, H_kv, D] at step 0, and of those that come at each later one,
+        None if there are none. Keys of so many steps ahead are under way meanwhile."""
+        following = iter(self.steps)
+        under_way: deque[Arriving] = deque([(mine, [])])
+        for step in [0, *self.steps]:
+            keys, works = under_way.popleft()
+            _wait(works)
+            for later in itertools.islice(following, ahead - len(under_way)):
+                under_way.append(self._launch(later, mine))
+            visit(step, keys)
+
+    def send_home(self, step: int, gradients: Tensor | None, mine: Tensor) -> Arriving:
+        """Send gradients of the keys that are here to their owner; of this rank's keys, `mine`, some come likewise."""
         sends = [(gradients, self.owner(step))] if step in self._needed[self.owner(step)] else []
         coming = torch.empty_like(mine) if step in self._needed[self.rank] else None
         return coming, self._exchange(sends, [] if coming is None else [(coming, self.rank + step)])
 
-    def _launch(self, step: int, mine: Tensor) -> tuple[Tensor | None, list[dist.Work]]:
+    def _launch(self, step: int, mine: Tensor) -> Arriving:
         """Give this rank's keys to the one that takes them in this step, and take another's."""
         owner, coming = self.owner(step), None
         sends = [(mine, self.rank + step)] if step in self._needed[self.rank] else []
         if step in self._needed[owner]:
             coming = mine.new_empty(2, self._num_keys(owner), *mine.shape[2:])
-        return coming, self._exchange(sends, [] if coming is None else [(coming, owner)])
+        works = self._exchange(sends, [] if coming is None else [(coming, owner)])
+        if not self.overlap:
+            _wait(works)
+            works = []
+        return coming, works
 
     def _num_keys(self, owner: int) -> int:
         tails = (self.cut.tail(number) for number in self.cut.held(owner))
@@ -155,7 +178,8 @@ class _RingAttention(torch.autograd.Function):
                 block = attend_block(q[0, ring.heads[head]], *keys[:, part], causal=False)
                 seen[head] = merge(seen[head], block)
 
-        ring.walk(_tails(k, v, ring.tails), visit)
+        keys = _tails(k, v, ring.tails)
+        ring.walk(keys, visit, ring.ahead(keys))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for piece, part in _places(ring.others):
             out[:, piece] = others[:, part]
@@ -171,9 +195,9 @@ class _RingAttention(torch.autograd.Function):
         ring: _Ring = ctx.ring
         q, k, v, *rest = ctx.saved_tensors
         seen = [Attended(*pair) for pair in zip(rest[::2], rest[1::2], strict=True)]
-        grads = _Gradients(ring, d_out[0], (q[0], k[0], v[0]), seen)
         keys = _tails(k, v, ring.tails)
-        ring.walk(keys, grads.visit)
+        grads = _Gradients(ring, d_out[0], (q[0], k[0], v[0]), keys, seen)
+        ring.walk(keys, grads.visit, grads.ahead)
         d_q, d_k, d_v = grads.finish()
         d_others = [d_out[:, piece] for piece in ring.others]
         d_others = torch.cat(d_others, dim=1) if d_others else d_out[:, :0]
@@ -183,28 +207,38 @@ class _RingAttention(torch.autograd.Function):
 class _Gradients:
     """Those of a rank's q, k and v [T_r, heads, D], summed in fp32 while the keys go round once more."""
 
-    def __init__(self, ring: _Ring, d_out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], seen: list[Attended]):
-        self._ring, self._d_out, self._inputs, self._seen = ring, d_out, inputs, seen
+    def __init__(
+        self, ring: _Ring, d_out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], mine: Tensor, seen: list[Attended]
+    ):
+        self._ring, self._d_out, self._inputs, self._mine, self._seen = ring, d_out, inputs, mine, seen
+        self.ahead = ring.ahead(mine, BACKWARD_TENSORS)
         self._dots = [row_dots(each.out, d_out[head]) for head, each in zip(ring.heads, seen, strict=True)]
         self._sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
         self._own = _tails(*(x[None] for x in self._sums[1:]), ring.tails)  # of this rank's keys, by all who saw them
-        self._arriving: tuple[Tensor | None, list[dist.Work]] = None, []
+        self._arriving: deque[Arriving] = deque()
 
     def visit(self, step: int, keys: Tensor | None) -> None:
         """Add this rank's part in the gradients of the keys that are here, and of what it asks of them."""
         if step == 0:
             self._add_within_heads()
-        blocks = self._ring.blocks(self._ring.owner(step))
-        d_keys = torch.zeros_like(keys, dtype=self._own.dtype) if blocks else None
+        d_keys = self._of_blocks(self._ring.blocks(self._ring.owner(step)), keys)
+        if step > 0:
+            self._take_arrived(leave=self.ahead - 1)
+            home = None if d_keys is None else d_keys.to(self._mine.dtype)
+            self._arriving.append(self._ring.send_home(step, home, self._mine))
+        elif d_keys is not None:
+            self._own += d_keys
+
+    def _of_blocks(self, blocks: list[_Block], keys: Tensor | None) -> Tensor | None:
+        """fp32 gradients of an owner's keys, if any block has some; those of the blocks' queries are added."""
+        if not blocks:
+            return None
+        d_keys = torch.zeros_like(keys, dtype=self._own.dtype)
         for head, part in blocks:
             d_q, d_k, d_v = self._of_block(head, *keys[:, part], False)
             self._sums[0][self._ring.heads[head]] += d_q
             d_keys[:, part] += torch.stack([d_k, d_v])
-        self._take_arrived()
-        if step > 0:
-            self._arriving = self._ring.send_home(step, d_keys, self._own)
-        elif blocks:
-            self._own += d_keys
+        return d_keys
 
     def _add_within_heads(self) -> None:
         for head, place in enumerate(self._ring.heads):
@@ -214,7 +248,7 @@ class _Gradients:
 
     def finish(self) -> list[Tensor]:
         """The sums, when all have sent what they have."""
-        self._take_arrived()
+        self._take_arrived(leave=0)
         for piece, part in _places(self._ring.tails):
             for total, own in zip(self._sums[1:], self._own, strict=True):
                 total[piece] += own[part]
@@ -224,12 +258,13 @@ class _Gradients:
         place, rest = self._ring.heads[head], (self._seen[head], self._dots[head])
         return attend_block_backward(self._d_out[place], self._inputs[0][place], k, v, *rest, causal=causal)
 
-    def _take_arrived(self) -> None:
-        arrived, works = self._arriving
-        _wait(works)
-        if arrived is not None:
-            self._own += arrived
-        self._arriving = None, []
+    def _take_arrived(self, *, leave: int) -> None:
+        """Add what others sent, the oldest first, but for so many."""
+        while len(self._arriving) > leave:
+            arrived, works = self._arriving.popleft()
+            _wait(works)
+            if arrived is not None:
+                self._own += arrived
 
 
 def _tails(k: Tensor, v: Tensor, tails: list[slice]) -> Tensor:

@@ -19,7 +19,7 @@ from fulmen.model.cache import SequenceCache
 from fulmen.model.config import ModelConfig
 from fulmen.model.decoder import TrainingLoss
 from fulmen.ops.experts import Routing, balance_loss
-from fulmen.parallel.apply import parallelize
+from fulmen.parallel.apply import begin_row, parallelize
 from fulmen.parallel.capacity import drop_rate, sum_counts
 from fulmen.parallel.context import SliceContext
 from fulmen.parallel.cut import Cut
@@ -79,6 +79,7 @@ class World:
         """watch: told where this rank is, to say who is waited for."""
         self._mesh, self._watch = mesh, watch
         self._pipeline: Pipeline | None = None
+        self._kept: nn.Module | None = None  # whose weights stay gathered
 
     @property
     def is_first(self) -> bool:
@@ -108,14 +109,18 @@ class World:
                 "stages: make schedule.micro_batch_tokens smaller, or take fewer stages"
             )
 
-    def shard(self, model: nn.Module, **how: Any) -> None:
-        """Spread a model, the same on every rank, over them all, as `parallelize` is told."""
+    def shard(self, model: nn.Module, *, keep_weights: bool = False, **how: Any) -> None:
+        """Spread a model, the same on every rank, over them all, as `parallelize` is told.
+
+        keep_weights: they stay gathered for all rows of a step (`begin_row`), as a pipeline's always do.
+        """
         if self._mesh is not None:
             with _shared():
                 self._waits = parallelize(model, self._mesh, **how)
             if self.any(not any(p.requires_grad for p in model.parameters())):
                 raise SharedError("train.freeze leaves a stage of the pipeline nothing to train: take mesh.pp = 1")
             self._row = self._mesh.dense["cp", "tp"]._flatten("row").get_group()
+            self._kept = model if keep_weights else None
             if self._mesh.sizes.pp > 1:
                 self._pipeline = Pipeline(text_model(model), self._mesh.group("pp"), self._mesh.device)
 
@@ -136,7 +141,11 @@ class World:
         """
         rows = list(self.share(batches))
         if self._pipeline is None:
-            found = [_forward_backward(forward(batch), weigh, counts, batch is rows[-1][0]) for batch, counts in rows]
+            found = []
+            for left, (batch, counts) in zip(reversed(range(len(rows))), rows, strict=True):
+                if self._kept is not None:
+                    begin_row(self._kept, trains=weigh is not None, last=left == 0)
+                found.append(_forward_backward(forward(batch), weigh, counts, left == 0))
         else:
             found = []
             for part in [rows] if weigh else [[row] for row in rows]:

@@ -16,6 +16,7 @@ from fulmen.parallel.plan.job import (
     layer_weights,
     stage_weights,
 )
+from fulmen.parallel.ring import BACKWARD_TENSORS, steps_ahead
 
 
 def step_memory(placement: Placement, stage: Stage) -> dict[str, float]:
@@ -113,9 +114,13 @@ def _states(piece: Piece) -> float:
 
 
 def _keys(piece: Piece) -> float:
-    """Keys and values that are here and those that come; their gradients here, sent, coming, and summed, in fp32."""
+    """Keys and values that this rank gives, those of the steps under way, with their gradients, and fp32 sums."""
+    if not piece.ring.steps:
+        return 0.0
     numbers = 2 * piece.wide_tokens * piece.kv_heads * piece.config.head_dim
-    return numbers * (2 * piece.number + 4 * FP32) if piece.ring.steps else 0.0
+    step = BACKWARD_TENSORS * numbers * piece.number
+    under_way = 1 + min(piece.ring.steps, steps_ahead(step))
+    return numbers * (piece.number + FP32) + under_way * step
 
 
 def _dispatch(piece: Piece) -> float:

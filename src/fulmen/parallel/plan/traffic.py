@@ -94,11 +94,11 @@ def _states(piece: Piece, cp: Group) -> list[Collective]:
 
 
 def _keys(piece: Piece, cp: Group, which: str) -> list[Collective]:
-    """The ring: keys and values to those who need them, backward again, and their gradients sent home in fp32."""
+    """The ring: keys and values to those who need them, backward again, and their gradients sent home."""
     ring, numbers = piece.ring, 2 * piece.kv_heads * piece.config.head_dim
-    found = [Collective("keys and values", CONTEXT, "send", cp, ring.tokens * numbers * piece.number, ring.sends)]
+    payload = ring.tokens * numbers * piece.number
+    found = [Collective("keys and values", CONTEXT, "send", cp, payload, ring.sends)]
     if which == BACKWARD:
-        payload = ring.tokens * numbers * FP32
         found.append(Collective("gradients of keys and values", CONTEXT, "send", cp, payload, ring.sends))
     return found
 

@@ -99,7 +99,7 @@ class Plan:
             ("of experts", _product(placement, EXPERTS)),
             ("layers", ", ".join(str(len(stage.layers)) for stage in placement.stages)),
             ("activations", "each layer's input alone" if placement.checkpoint else "all that the backward pass reads"),
-            ("weights", f"gathered {'once a step' if placement.keeps else 'for each pass of a micro batch'}"),
+            ("weights", _gathering(placement)),
         ]
         return columns(rows)
 
@@ -178,3 +178,9 @@ def size(number: float) -> str:
         if number >= scale:
             return f"{number / scale:.1f} {unit}"
     return f"{number / 1e3:.1f} kB"
+
+
+def _gathering(placement: Placement) -> str:
+    if not placement.keeps:
+        return "gathered for each pass of a micro batch"
+    return "gathered once a step" + ", with mesh.keep_weights" * placement.keep

@@ -82,8 +82,8 @@ def small(device: torch.device) -> Work:
 
 
 def middle() -> Work:
-    """410M parameters in bf16."""
-    return Work(config=ModelConfig.preset("410m"), batch=2**17, row=2**14, sample=2**13, dtype=torch.bfloat16)
+    """1B parameters in bf16."""
+    return Work(config=ModelConfig.preset("1b"), batch=2**17, row=2**14, sample=2**13, dtype=torch.bfloat16)
 
 
 def large(world: int) -> Work:
@@ -104,8 +104,8 @@ def axes(device: torch.device) -> list[dict]:
     work = small(device)
     alone = _trained(work, None, device, SAME) if dist.get_rank() == 0 else None
     rows = [{"mesh": "one rank"} | _cost(alone)]
-    for name, sizes in meshes(dist.get_world_size()):
-        found, row = _trained(work, sizes, device, SAME), {"mesh": name}
+    for name, sizes, keep in meshes(dist.get_world_size()):
+        found, row = _trained(work, sizes, device, SAME, keep_weights=keep), {"mesh": name}
         if alone is not None:
             losses = max(abs(a - b) for a, b in zip(found["losses"], alone["losses"], strict=True))
             pairs = ((found["weights"][key], weight) for key, weight in alone["weights"].items())
@@ -117,14 +117,14 @@ def axes(device: torch.device) -> list[dict]:
 
 def larger(device: torch.device) -> list[dict]:
     """A model of a size of its own on a GPU over each axis: time and memory alone."""
-    named = [("one rank", None), *meshes(dist.get_world_size())]
+    named = [("one rank", None, False), *meshes(dist.get_world_size())]
     rows = []
-    for name, sizes in named:
+    for name, sizes, keep in named:
         alone = sizes is None
         work, found = middle(), None
         if not alone or dist.get_rank() == 0:
-            found = _trained(work, sizes, device, WARM)
-        plan = planned.step(work.config, sizes or MeshSizes().fitted(1), groups=GROUPS, **work.shape)
+            found = _trained(work, sizes, device, WARM, keep_weights=keep)
+        plan = planned.step(work.config, sizes or MeshSizes().fitted(1), groups=GROUPS, keep=keep, **work.shape)
         rows.append(_shown({"mesh": name} | _cost(found) | plan))
     return rows
 
@@ -142,12 +142,13 @@ def fsdp(device: torch.device) -> list[dict]:
     return [_shown(row)]
 
 
-def meshes(world: int) -> Iterator[tuple[str, MeshSizes]]:
-    """All ranks along each axis, and of four and more some meshes of several."""
+def meshes(world: int) -> Iterator[tuple[str, MeshSizes, bool]]:
+    """All ranks along each axis, and of four and more some meshes of several; and whether weights stay gathered."""
     single = [{axis: world} for axis in ("dp", "cp", "tp", "pp", "ep", "etp")]
     mixed = [{"cp": world, "ep": world}, {"ep": world // 2, "etp": 2}, {"dp": 2, "cp": world // 2, "ep": world}]
     for used in single + mixed * (world >= 4):
-        yield " x ".join(f"{axis} {size}" for axis, size in used.items()), MeshSizes(**used).fitted(world)
+        yield " x ".join(f"{axis} {size}" for axis, size in used.items()), MeshSizes(**used).fitted(world), False
+    yield f"cp {world}, weights kept", MeshSizes(cp=world).fitted(world), True
 
 
 class _RandomRows(LanguageObjective):
@@ -165,14 +166,16 @@ class _RandomRows(LanguageObjective):
         return self._work.rows(seen)
 
 
-def _trained(work: Work, sizes: MeshSizes | None, device: torch.device, steps: int) -> dict[str, Any]:
+def _trained(
+    work: Work, sizes: MeshSizes | None, device: torch.device, steps: int, *, keep_weights: bool = False
+) -> dict[str, Any]:
     """Losses of so many steps and all weights after them; seconds of further ones, and this rank's bytes at most.
 
     sizes: None trains on this rank alone.
     """
     _forget(device)
     before = _memory(device)
-    trainer = _trainer(work, None if sizes is None else World(Mesh(sizes, device.type)), device)
+    trainer = _trainer(work, None if sizes is None else World(Mesh(sizes, device.type)), device, keep_weights)
     losses = [trainer.train_step()["loss"] for _ in range(steps)]
     weights = _weights(trainer.model, sizes) if steps == SAME else {}
     seconds = []
@@ -187,14 +190,14 @@ def _trained(work: Work, sizes: MeshSizes | None, device: torch.device, steps: i
     return {"losses": losses, "weights": weights, "cost": cost}
 
 
-def _trainer(work: Work, world: World | None, device: torch.device) -> Trainer:
+def _trainer(work: Work, world: World | None, device: torch.device, keep_weights: bool) -> Trainer:
     torch.manual_seed(0)
     with device if work.dtype == torch.bfloat16 else torch.device("cpu"):  # a CPU takes minutes for 7B numbers
         model = LanguageModel(work.config)
     model = model.to(device)
     objective = _RandomRows(work, model, device, world)
     if world is not None:
-        world.shard(model, token_groups=GROUPS, dtype=objective.dtype)
+        world.shard(model, token_groups=GROUPS, keep_weights=keep_weights, dtype=objective.dtype)
     return Trainer(objective, work.recipe, device, world)
 
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from fulmen.ops.lightning import silu_lightning_attention
 from fulmen.ops.lightning.context import Context
-from fulmen.ops.lightning.parts import add_read, backward_pass, forward_pass, sum_state
+from fulmen.ops.lightning.parts import Parts, add_reads, backward_pass, forward_pass, sum_states
 from fulmen.parallel.collectives import ALL_GATHER
 from fulmen.parallel.cut import Cut
 
@@ -48,8 +48,8 @@ def serial_lasp_attention(qkv: Tensor, rates: Tensor, cut: Cut, group: dist.Proc
     rank, (number,) = dist.get_rank(group), cut.held(dist.get_rank(group))
     before, after = (dist.get_global_rank(group, r) if 0 <= r < cut.ranks else None for r in (rank - 1, rank + 1))
     borders = torch.tensor(cut.local_borders(rank), dtype=torch.int32)
-    heads, width = qkv.shape[2], qkv.shape[4]
-    states = torch.zeros(len(borders) - 1, heads, width, width, dtype=_state_dtype(qkv), device=qkv.device)
+    heads, width, dtype = qkv.shape[2], qkv.shape[4], torch.promote_types(qkv.dtype, torch.float32)
+    states = torch.zeros(len(borders) - 1, heads, width, width, dtype=dtype, device=qkv.device)
     if cut.head(number) is not None:
         dist.recv(states[0], before, group)
     out, final = silu_lightning_attention(qkv, rates, state=states, cu_seqlens=borders, return_state=True)
@@ -61,27 +61,46 @@ def serial_lasp_attention(qkv: Tensor, rates: Tensor, cut: Cut, group: dist.Proc
 class _Places(NamedTuple):
     """What of a row's cut concerns one rank: the same for all layers."""
 
-    count: int  # of its segments
     borders: list[int]  # of its pieces
-    heads: list[tuple[int, slice]]  # parts that a state enters: which of its segments, where among its tokens
-    tails: list[tuple[int, slice]]  # parts that leave one
-    order: list[int]  # segments as they are gathered
-    into: Tensor  # [m, S] distances to its segments from all, in that order, on the device; -1: none
-    out_of: Tensor  # [m, S] from its segments to all
+    heads: Parts  # of each of its segments, what a state enters
+    tails: Parts  # and what leaves one
+    count: int  # of all segments, which are gathered rank by rank
+    into: "_Reach"  # to each of this rank's segments from all, in that order
+    out_of: "_Reach"  # from its segments to all
 
     @staticmethod
     @functools.lru_cache(maxsize=4)
     def of(cut: Cut, rank: int, device: torch.device) -> "_Places":
         held = cut.held(rank)
         heads, tails = (
-            [(i, cut.place(rank, part)) for i, part in enumerate(map(find, held)) if part is not None]
+            Parts.of([_range(None if part is None else cut.place(rank, part)) for part in map(find, held)], device)
             for find in (cut.head, cut.tail)
         )
         order = [n for r in range(cut.ranks) for n in cut.held(r)]
         distances = cut.distances(later=range(len(cut.segments)))  # [S, S]: to row, from column
-        # Nobody waits for the device here, and so the next launches are ready when it is.
-        into, out_of = (x[:, order].to(device, non_blocking=True) for x in (distances[held], distances[:, held].T))
-        return _Places(len(held), cut.local_borders(rank), heads, tails, order, into, out_of)
+        reaches = (_Reach.of(x[:, order], device) for x in (distances[held], distances[:, held].T))
+        return _Places(cut.local_borders(rank), heads, tails, len(order), *reaches)
+
+
+def _range(place: slice | None) -> tuple[int, int]:
+    return (0, 0) if place is None else (place.start, place.stop)
+
+
+class _Reach(NamedTuple):
+    """Which states count how much: for m of a rank's segments and S of all, on the device."""
+
+    ages: Tensor  # [m, S, 1] fp32: minus the tokens between
+    counts: Tensor  # [m, S, 1] fp32: 1 if there is a sample that reaches over them, else 0
+
+    @staticmethod
+    def of(distances: Tensor, device: torch.device) -> "_Reach":
+        """Of distances [m, S], -1 where nothing counts. Nobody waits for the device: the next launches follow."""
+        both = (-distances.clamp(min=0)).float(), (distances >= 0).float()
+        return _Reach(*(x[..., None].to(device, non_blocking=True) for x in both))
+
+    def weights(self, rates: Tensor) -> Tensor:
+        """[m, S, H]: exp(-s distance)."""
+        return torch.exp(rates * self.ages) * self.counts
 
 
 class _Crossing:
@@ -93,11 +112,6 @@ class _Crossing:
     def __init__(self, places: _Places, rates: Tensor, group: dist.ProcessGroup):
         self.rates, self.heads, self.tails = rates, places.heads, places.tails
         self._places, self._group = places, group
-
-    def new_states(self, qkv: Tensor) -> Tensor:
-        """Zeros, for this rank's segments."""
-        heads, width = qkv.shape[2], qkv.shape[4]
-        return torch.zeros(self._places.count, heads, width, width, dtype=_state_dtype(qkv), device=qkv.device)
 
     def attend(self, active: Tensor) -> tuple[Tensor, Context | None, tuple[Tensor, ...]]:
         """Of a rank's tokens among themselves, `parts.forward_pass`."""
@@ -114,7 +128,7 @@ class _Crossing:
     def start(self, states: Tensor) -> None:
         """Launch the gathering of what this rank gives."""
         self._mine = states  # alive as long as it travels
-        self._all = states.new_empty(len(self._places.order), *states.shape[1:])
+        self._all = states.new_empty(self._places.count, *states.shape[1:])
         self._work = ALL_GATHER(self._all, states, self._group, async_op=True)
 
     def entering(self) -> Tensor:
@@ -125,14 +139,13 @@ class _Crossing:
         """Of gradients of what enters: those of this rank's own states."""
         return self._fold(self._places.out_of)
 
-    def _fold(self, distances: Tensor) -> Tensor:
-        """Of what was gathered, each times exp(-s distance): [m, H, K, V]."""
-        distances = distances[..., None]
-        weights = torch.exp(-self.rates * distances.clamp(min=0)) * (distances >= 0)
+    def _fold(self, reach: _Reach) -> Tensor:
+        """Of what was gathered, each by its weight: [m, H, K, V]."""
+        weights = reach.weights(self.rates).to(self._all.dtype)
         self._work.wait()
         # Autocast would take the states, which are in fp32 on purpose, down to bf16.
         with torch.autocast(self._all.device.type, enabled=False):
-            folded = torch.einsum("msh,shkv->mhkv", weights.to(self._all.dtype), self._all)
+            folded = torch.einsum("msh,shkv->mhkv", weights, self._all)
         del self._work, self._all, self._mine
         return folded
 
@@ -142,14 +155,12 @@ class _LaspAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv: Tensor, crossing: _Crossing):
-        active, states = F.silu(qkv[0]), crossing.new_states(qkv)
-        for i, place in crossing.tails:
-            states[i] = sum_state(*active[place, :, 1:].unbind(2), crossing.rates)
-        crossing.start(states)
+        active = F.silu(qkv[0])
+        q, k, v = active.unbind(2)
+        crossing.start(sum_states(k, v, crossing.rates, crossing.tails))
         out, ctx.inside, kept = crossing.attend(active)
         entering = crossing.entering()
-        for i, place in crossing.heads:
-            add_read(out[place], active[place, :, 0], entering[i], crossing.rates)
+        add_reads(out, q, entering, crossing.rates, crossing.heads)
         ctx.crossing = crossing
         ctx.save_for_backward(qkv, entering, *kept)
         return out[None]
@@ -158,21 +169,13 @@ class _LaspAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out: Tensor):
         (qkv, entering, *kept), crossing, d_out = ctx.saved_tensors, ctx.crossing, d_out[0]
-        active, d_entering = F.silu(qkv[0]), crossing.new_states(qkv)
-        for i, place in crossing.heads:
-            d_entering[i] = sum_state(active[place, :, 0], d_out[place], crossing.rates, reverse=True)
-        crossing.start(d_entering)
+        active, rates = F.silu(qkv[0]), crossing.rates
+        q, k, v = active.unbind(2)
+        crossing.start(sum_states(q, d_out, rates, crossing.heads, reverse=True))
         d_active = crossing.attend_backward(d_out, active, ctx.inside, kept)
-        for i, place in crossing.heads:
-            add_read(d_active[place, :, 0], d_out[place], entering[i].mT, crossing.rates)
+        d_q, d_k, d_v = d_active.unbind(2)
+        add_reads(d_q, d_out, entering.mT, rates, crossing.heads)
         d_states = crossing.leaving()
-        for i, place in crossing.tails:
-            _, k, v = active[place].unbind(2)
-            _, d_k, d_v = d_active[place].unbind(2)
-            add_read(d_k, v, d_states[i].mT, crossing.rates, reverse=True)
-            add_read(d_v, k, d_states[i], crossing.rates, reverse=True)
+        add_reads(d_k, v, d_states.mT, rates, crossing.tails, reverse=True)
+        add_reads(d_v, k, d_states, rates, crossing.tails, reverse=True)
         return torch.ops.aten.silu_backward(d_active, qkv[0])[None], None
-
-
-def _state_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

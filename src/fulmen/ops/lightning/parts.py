@@ -1,16 +1,17 @@
 """Lightning attention in parts: for whoever puts something between them, as those do who hold one part of a sample.
 
 `forward_pass` and `backward_pass` are the two halves of the attention; and of what crosses from one part of a sample to
-the next, `sum_state` is the state that a part leaves and `add_read` what an entering one adds. For n tokens of keys b
+the next, `sum_states` are the states that parts leave and `add_reads` what entering ones add. For n tokens of keys b
 and values c, or queries a, with the decay rate s of a head:
 
-    sum_state    S = sum_t w_t b_t c_t^T          w_t = exp(-s (n - 1 - t))
-    add_read     out_t += w_t a_t^T S             w_t = exp(-s (t + 1))
+    sum_states    S = sum_t w_t b_t c_t^T          w_t = exp(-s (n - 1 - t))
+    add_reads     out_t += w_t a_t^T S             w_t = exp(-s (t + 1))
 
 Each is the gradient of the other with the weights the other way round, which `reverse` takes.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,27 +37,51 @@ def backward_pass(d_out: Tensor, qkv: Tensor, context: Context, kept: tuple[Tens
     return _backend(qkv).backward_pass(d_out, qkv, context, kept)
 
 
-def sum_state(b: Tensor, c: Tensor, rates: Tensor, *, reverse: bool = False) -> Tensor:
-    """The state [H, K, V] fp32 (fp64 of fp64) of b [n, H, K], c [n, H, V] of one dtype, n >= 1; rates [H]."""
+class Parts(NamedTuple):
+    """Stretches of tokens that are computed together: m of [begin, end), (0, 0) for none."""
+
+    ranges: tuple[tuple[int, int], ...]
+    table: Tensor  # the same, [m, 2] int32 on the device
+
+    @staticmethod
+    def of(ranges: Sequence[tuple[int, int]], device: torch.device) -> "Parts":
+        """Nobody waits for the device."""
+        return Parts(tuple(ranges), torch.tensor(ranges, dtype=torch.int32).to(device, non_blocking=True))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest."""
+        return max(end - begin for begin, end in self.ranges)
+
+
+def sum_states(b: Tensor, c: Tensor, rates: Tensor, parts: Parts, *, reverse: bool = False) -> Tensor:
+    """States [m, H, K, V] fp32 (fp64 of fp64) of parts of b [n, H, K], c [n, H, V] of one dtype; zero of none.
+
+    rates: [H].
+    """
     if _kernels_take(b, c):
-        from fulmen.ops.lightning.crossing import triton_sum_state
+        from fulmen.ops.lightning.crossing import triton_sum_states
 
-        return triton_sum_state(b, c, rates, reverse=reverse)
-    decayed = (b * _weights(len(b), rates, later=reverse)).to(b.dtype)
+        return triton_sum_states(b, c, rates, parts, reverse=reverse)
     wide = torch.promote_types(b.dtype, torch.float32)
+    states = b.new_zeros(len(parts.ranges), *b.shape[1:], c.shape[2], dtype=wide)
     with torch.autocast(b.device.type, enabled=False):
-        return torch.bmm(decayed.permute(1, 2, 0).to(wide), c.transpose(0, 1).to(wide))
+        for state, (begin, end) in zip(states, parts.ranges, strict=True):
+            decayed = (b[begin:end] * _weights(end - begin, rates, later=reverse)).to(b.dtype)
+            state.copy_(torch.bmm(decayed.permute(1, 2, 0).to(wide), c[begin:end].transpose(0, 1).to(wide)))
+    return states
 
 
-def add_read(out: Tensor, a: Tensor, state: Tensor, rates: Tensor, *, reverse: bool = False) -> None:
-    """Add to `out` [n, H, V], in place, what queries a [n, H, K] of its dtype read of a state [H, K, V]."""
+def add_reads(out: Tensor, a: Tensor, states: Tensor, rates: Tensor, parts: Parts, *, reverse: bool = False) -> None:
+    """Add to `out` [n, H, V], in place, what queries a [n, H, K] of its dtype read of their part's state [H, K, V]."""
     if _kernels_take(a, out):
-        from fulmen.ops.lightning.crossing import triton_add_read
+        from fulmen.ops.lightning.crossing import triton_add_reads
 
-        return triton_add_read(out, a, state, rates, reverse=reverse)
+        return triton_add_reads(out, a, states, rates, parts, reverse=reverse)
     with torch.autocast(a.device.type, enabled=False):
-        read = torch.bmm(a.transpose(0, 1), state.to(a.dtype)).transpose(0, 1)
-    out += (read * _weights(len(a), rates, later=not reverse)).to(out.dtype)
+        for state, (begin, end) in zip(states, parts.ranges, strict=True):
+            read = torch.bmm(a[begin:end].transpose(0, 1), state.to(a.dtype)).transpose(0, 1)
+            out[begin:end] += (read * _weights(end - begin, rates, later=not reverse)).to(out.dtype)
 
 
 def _kernels_take(key: Tensor, value: Tensor) -> bool:

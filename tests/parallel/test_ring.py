@@ -90,9 +90,9 @@ def order_of_work(ahead_bytes):
         log.append(f"launch {step}")
         return launch(self, step, mine)
 
-    def computed(self, owner):
-        log.append(f"compute {(self.rank - owner) % self.cut.ranks}")
-        return blocks(self, owner)
+    def computed(self, step):
+        log.append(f"compute {step}")
+        return blocks(self, step)
 
     def sent(self, step, gradients, mine):
         log.append(f"home {step}")

@@ -123,7 +123,7 @@ class Cut:
         """Tokens of the longest sample."""
         return max(end - start for start, end in itertools.pairwise(self.borders))
 
-    @property
+    @cached_property
     def is_crossed(self) -> bool:
         """Whether any sample lies in more than one segment."""
         return any(self.tail(number) is not None for number in range(len(self.segments)))

@@ -11,6 +11,7 @@ ranks as much altogether (`Cut`), but not in each step. So keys come straight fr
 on, and long before they are needed, and gradients may arrive long after: as many steps as memory allows (`AHEAD`).
 """
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def ring_attention(
     waits for the next keys before it computes with those at hand, to be measured beside it.
     """
     ring = _Ring(cut, dist.get_rank(group), group, overlap)
-    others = _attend_others(q, k, v, ring.others)
+    others = _attend_others(q, k, v, ring.route.others)
     return _RingAttention.apply(others, q, k, v, ring)
 
 
@@ -71,48 +72,83 @@ class _Block(NamedTuple):
     keys: slice  # among all that their owner gives
 
 
-class _Ring:
-    """Who needs whose keys and how they go round. What a rank gives are the tails of its segments, laid end to end."""
+class _Route:
+    """Who needs whose keys in a row's cut, as one rank sees it: the same for all layers.
 
-    def __init__(self, cut: Cut, rank: int, group: dist.ProcessGroup, overlap: bool):
-        self.cut, self.rank, self.overlap, self._group = cut, rank, overlap, group
+    What a rank gives are the tails of its segments, laid end to end.
+    """
+
+    def __init__(self, cut: Cut, rank: int):
+        self._cut, self._rank = cut, rank
         self._with_head = [number for number in cut.held(rank) if cut.head(number) is not None]
         self.heads = [cut.place(rank, cut.head(number)) for number in self._with_head]
         tails = (cut.tail(number) for number in cut.held(rank))
         self.tails = [cut.place(rank, tail) for tail in tails if tail is not None]
         pieces = (slice(*ends) for ends in itertools.pairwise(cut.local_borders(rank)))
         self.others = [piece for piece in pieces if piece not in self.heads]
-        self._needed = self._steps_needed()
-        self.steps = sorted(set().union(*self._needed))
+        self.needed = self._steps_needed()
+        self.steps = sorted(set().union(*self.needed))
+        self.num_keys = [self._num_keys(owner) for owner in range(cut.ranks)]
+        self.blocks = [self._blocks(owner) for owner in range(cut.ranks)]
 
-    def owner(self, step: int) -> int:
-        """Whose keys come in a step."""
-        return (self.rank - step) % self.cut.ranks
+    @staticmethod
+    @functools.lru_cache(maxsize=4)
+    def of(cut: Cut, rank: int) -> "_Route":
+        return _Route(cut, rank)
 
-    def blocks(self, owner: int) -> list[_Block]:
+    def _blocks(self, owner: int) -> list[_Block]:
         """What this rank computes with an owner's keys."""
-        distances, start, found = self.cut.distances(later=self._with_head), 0, []
-        for number in self.cut.held(owner):
-            if (tail := self.cut.tail(number)) is not None:
+        distances, start, found = self._cut.distances(later=self._with_head), 0, []
+        for number in self._cut.held(owner):
+            if (tail := self._cut.tail(number)) is not None:
                 keys = slice(start, start := start + tail.end - tail.start)
                 found += [_Block(head, keys) for head in torch.nonzero(distances[:, number] >= 0).flatten().tolist()]
         return found
+
+    def _num_keys(self, owner: int) -> int:
+        tails = (self._cut.tail(number) for number in self._cut.held(owner))
+        return sum(tail.end - tail.start for tail in tails if tail is not None)
+
+    def _steps_needed(self) -> list[set[int]]:
+        """In which steps the keys of each rank go to those that need them, its own needs left out."""
+        ranks, needed = self._cut.ranks, [set() for _ in range(self._cut.ranks)]
+        distances = self._cut.distances(later=range(len(self._cut.segments)))
+        for later, earlier in torch.nonzero(distances >= 0).tolist():
+            owner = self._cut.holder(earlier)
+            needed[owner].add((self._cut.holder(later) - owner) % ranks)
+        return [steps - {0} for steps in needed]
+
+
+class _Ring:
+    """How keys go round, and their gradients come home."""
+
+    def __init__(self, cut: Cut, rank: int, group: dist.ProcessGroup, overlap: bool):
+        self.route = _Route.of(cut, rank)
+        self._rank, self._ranks, self._group, self._overlap = rank, cut.ranks, group, overlap
+
+    def owner(self, step: int) -> int:
+        """Whose keys come in a step."""
+        return (self._rank - step) % self._ranks
+
+    def blocks(self, step: int) -> list[_Block]:
+        """What this rank computes with the keys that come in a step."""
+        return self.route.blocks[self.owner(step)]
 
     def ahead(self, mine: Tensor, tensors: int = 1) -> int:
         """How many steps may be under way at a time, each with so many tensors of keys' size; the same on all ranks.
 
         mine: as in `walk`.
         """
-        most = max(map(self._num_keys, range(self.cut.ranks)))
         pairs, _, heads, width = mine.shape
-        return steps_ahead(tensors * most * pairs * heads * width * mine.element_size()) if self.overlap else 1
+        most = max(self.route.num_keys) * pairs * heads * width * mine.element_size()
+        return steps_ahead(tensors * most) if self._overlap else 1
 
     def walk(self, mine: Tensor, visit: Callable[[int, Tensor | None], None], ahead: int) -> None:
         """`visit(step, keys)` of this rank's own [2, n, H_kv, D] at step 0, and of those that come at each later one,
         None if there are none. Keys of so many steps ahead are under way meanwhile."""
-        following = iter(self.steps)
+        following = iter(self.route.steps)
         under_way: deque[Arriving] = deque([(mine, [])])
-        for step in [0, *self.steps]:
+        for step in [0, *self.route.steps]:
             keys, works = under_way.popleft()
             _wait(works)
             for later in itertools.islice(following, ahead - len(under_way)):
@@ -121,38 +157,25 @@ class _Ring:
 
     def send_home(self, step: int, gradients: Tensor | None, mine: Tensor) -> Arriving:
         """Send gradients of the keys that are here to their owner; of this rank's keys, `mine`, some come likewise."""
-        sends = [(gradients, self.owner(step))] if step in self._needed[self.owner(step)] else []
-        coming = torch.empty_like(mine) if step in self._needed[self.rank] else None
-        return coming, self._exchange(sends, [] if coming is None else [(coming, self.rank + step)])
+        sends = [(gradients, self.owner(step))] if step in self.route.needed[self.owner(step)] else []
+        coming = torch.empty_like(mine) if step in self.route.needed[self._rank] else None
+        return coming, self._exchange(sends, [] if coming is None else [(coming, self._rank + step)])
 
     def _launch(self, step: int, mine: Tensor) -> Arriving:
         """Give this rank's keys to the one that takes them in this step, and take another's."""
         owner, coming = self.owner(step), None
-        sends = [(mine, self.rank + step)] if step in self._needed[self.rank] else []
-        if step in self._needed[owner]:
-            coming = mine.new_empty(2, self._num_keys(owner), *mine.shape[2:])
+        sends = [(mine, self._rank + step)] if step in self.route.needed[self._rank] else []
+        if step in self.route.needed[owner]:
+            coming = mine.new_empty(2, self.route.num_keys[owner], *mine.shape[2:])
         works = self._exchange(sends, [] if coming is None else [(coming, owner)])
-        if not self.overlap:
+        if not self._overlap:
             _wait(works)
             works = []
         return coming, works
 
-    def _num_keys(self, owner: int) -> int:
-        tails = (self.cut.tail(number) for number in self.cut.held(owner))
-        return sum(tail.end - tail.start for tail in tails if tail is not None)
-
-    def _steps_needed(self) -> list[set[int]]:
-        """In which steps the keys of each rank go to those that need them, its own needs left out."""
-        ranks, needed = self.cut.ranks, [set() for _ in range(self.cut.ranks)]
-        distances = self.cut.distances(later=range(len(self.cut.segments)))
-        for later, earlier in torch.nonzero(distances >= 0).tolist():
-            owner = self.cut.holder(earlier)
-            needed[owner].add((self.cut.holder(later) - owner) % ranks)
-        return [steps - {0} for steps in needed]
-
     def _exchange(self, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> list[dist.Work]:
         operations = [
-            dist.P2POp(operation, tensor, dist.get_global_rank(self._group, rank % self.cut.ranks), self._group)
+            dist.P2POp(operation, tensor, dist.get_global_rank(self._group, rank % self._ranks), self._group)
             for operation, pairs in ((dist.isend, sends), (dist.irecv, receives))
             for tensor, rank in pairs
         ]
@@ -173,17 +196,17 @@ class _RingAttention(torch.autograd.Function):
 
         def visit(step: int, keys: Tensor | None) -> None:
             if step == 0:
-                seen.extend(attend_block(q[0, head], k[0, head], v[0, head], causal=True) for head in ring.heads)
-            for head, part in ring.blocks(ring.owner(step)):
-                block = attend_block(q[0, ring.heads[head]], *keys[:, part], causal=False)
+                seen.extend(attend_block(q[0, head], k[0, head], v[0, head], causal=True) for head in ring.route.heads)
+            for head, part in ring.blocks(step):
+                block = attend_block(q[0, ring.route.heads[head]], *keys[:, part], causal=False)
                 seen[head] = merge(seen[head], block)
 
-        keys = _tails(k, v, ring.tails)
+        keys = _tails(k, v, ring.route.tails)
         ring.walk(keys, visit, ring.ahead(keys))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for piece, part in _places(ring.others):
+        for piece, part in _places(ring.route.others):
             out[:, piece] = others[:, part]
-        for head, attended in zip(ring.heads, seen, strict=True):
+        for head, attended in zip(ring.route.heads, seen, strict=True):
             out[0, head] = attended.out.to(out.dtype)
         ctx.ring, ctx.heads = ring, len(seen)
         ctx.save_for_backward(q, k, v, *itertools.chain.from_iterable(seen))
@@ -195,11 +218,11 @@ class _RingAttention(torch.autograd.Function):
         ring: _Ring = ctx.ring
         q, k, v, *rest = ctx.saved_tensors
         seen = [Attended(*pair) for pair in zip(rest[::2], rest[1::2], strict=True)]
-        keys = _tails(k, v, ring.tails)
+        keys = _tails(k, v, ring.route.tails)
         grads = _Gradients(ring, d_out[0], (q[0], k[0], v[0]), keys, seen)
         ring.walk(keys, grads.visit, grads.ahead)
         d_q, d_k, d_v = grads.finish()
-        d_others = [d_out[:, piece] for piece in ring.others]
+        d_others = [d_out[:, piece] for piece in ring.route.others]
         d_others = torch.cat(d_others, dim=1) if d_others else d_out[:, :0]
         return d_others, d_q.to(q.dtype)[None], d_k.to(k.dtype)[None], d_v.to(v.dtype)[None], None
 
@@ -212,16 +235,18 @@ class _Gradients:
     ):
         self._ring, self._d_out, self._inputs, self._mine, self._seen = ring, d_out, inputs, mine, seen
         self.ahead = ring.ahead(mine, BACKWARD_TENSORS)
-        self._dots = [row_dots(each.out, d_out[head]) for head, each in zip(ring.heads, seen, strict=True)]
+        self._dots = [row_dots(each.out, d_out[head]) for head, each in zip(ring.route.heads, seen, strict=True)]
         self._sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
-        self._own = _tails(*(x[None] for x in self._sums[1:]), ring.tails)  # of this rank's keys, by all who saw them
+        self._own = _tails(
+            *(x[None] for x in self._sums[1:]), ring.route.tails
+        )  # of this rank's keys, by all who saw them
         self._arriving: deque[Arriving] = deque()
 
     def visit(self, step: int, keys: Tensor | None) -> None:
         """Add this rank's part in the gradients of the keys that are here, and of what it asks of them."""
         if step == 0:
             self._add_within_heads()
-        d_keys = self._of_blocks(self._ring.blocks(self._ring.owner(step)), keys)
+        d_keys = self._of_blocks(self._ring.blocks(step), keys)
         if step > 0:
             self._take_arrived(leave=self.ahead - 1)
             home = None if d_keys is None else d_keys.to(self._mine.dtype)
@@ -236,12 +261,12 @@ class _Gradients:
         d_keys = torch.zeros_like(keys, dtype=self._own.dtype)
         for head, part in blocks:
             d_q, d_k, d_v = self._of_block(head, *keys[:, part], False)
-            self._sums[0][self._ring.heads[head]] += d_q
+            self._sums[0][self._ring.route.heads[head]] += d_q
             d_keys[:, part] += torch.stack([d_k, d_v])
         return d_keys
 
     def _add_within_heads(self) -> None:
-        for head, place in enumerate(self._ring.heads):
+        for head, place in enumerate(self._ring.route.heads):
             grads = self._of_block(head, *(x[place] for x in self._inputs[1:]), True)
             for total, grad in zip(self._sums, grads, strict=True):
                 total[place] += grad
@@ -249,13 +274,13 @@ class _Gradients:
     def finish(self) -> list[Tensor]:
         """The sums, when all have sent what they have."""
         self._take_arrived(leave=0)
-        for piece, part in _places(self._ring.tails):
+        for piece, part in _places(self._ring.route.tails):
             for total, own in zip(self._sums[1:], self._own, strict=True):
                 total[piece] += own[part]
         return self._sums
 
     def _of_block(self, head: int, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        place, rest = self._ring.heads[head], (self._seen[head], self._dots[head])
+        place, rest = self._ring.route.heads[head], (self._seen[head], self._dots[head])
         return attend_block_backward(self._d_out[place], self._inputs[0][place], k, v, *rest, causal=causal)
 
     def _take_arrived(self, *, leave: int) -> None:

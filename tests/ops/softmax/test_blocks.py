@@ -60,12 +60,12 @@ def test_the_order_of_blocks_does_not_matter_and_none_overflows():
 
 
 SIZES = [(300, 300, (0, 300)), (1000, 300, (0, 130, 700, 1000)), (128, 64, (0, 64, 128)), (40, 40, (0, 40))]
-"""Some of which are round with rests and some without, where ROUND is 64."""
+"""Some of which are round with rests and some without, from 64 on."""
 
 
 @pytest.mark.parametrize(("tokens", "queries", "cuts"), SIZES)
 def test_round_pieces_and_their_rests_give_the_same(monkeypatch, tokens, queries, cuts):
-    monkeypatch.setattr(fused, "ROUND", 64)
+    monkeypatch.setattr(fused, "SHORTEST", 64)
     monkeypatch.setattr(fused, "WORTH_CUTTING", 0)
     monkeypatch.setattr(fused, "_prefers_cudnn", lambda q, k, causal: True)
     given = inputs(tokens, queries)
@@ -73,8 +73,19 @@ def test_round_pieces_and_their_rests_give_the_same(monkeypatch, tokens, queries
         torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_lengths_that_come_again():
+    """At most eight from one power of two to the next, and less than an eighth is lost."""
+    lengths = range(fused.SHORTEST, 2**14)
+    found = [fused._round(length) for length in lengths]
+    assert len(set(found)) == 8 * 4
+    assert all(length * 7 / 8 < rounded <= length for rounded, length in zip(found, lengths, strict=True))
+    assert fused._round(fused.SHORTEST - 1) == 0
+    assert [fused._round(rounded) for rounded in set(found)] == list(set(found))
+
+
 def test_pieces_cover_a_block_once(monkeypatch):
-    monkeypatch.setattr(fused, "ROUND", 4)
+    monkeypatch.setattr(fused, "SHORTEST", 4)
+    monkeypatch.setattr(fused, "LEADING_BITS", 2)
     monkeypatch.setattr(fused, "WORTH_CUTTING", 0)
     monkeypatch.setattr(fused, "_prefers_cudnn", lambda q, k, causal: True)
     for queries, keys, causal in ((10, 10, True), (10, 7, False), (8, 9, False), (8, 8, True), (3, 9, False)):
@@ -91,7 +102,7 @@ def test_pieces_cover_a_block_once(monkeypatch):
 @pytest.mark.parametrize("cudnn", [False, True], ids=["flash", "cudnn"])
 @pytest.mark.parametrize(("tokens", "queries", "cuts"), SIZES)
 def test_a_gpus_kernels_give_the_same(monkeypatch, cudnn, tokens, queries, cuts):
-    monkeypatch.setattr(fused, "ROUND", 64 if cudnn else 2**30)
+    monkeypatch.setattr(fused, "SHORTEST", 64 if cudnn else 2**30)
     monkeypatch.setattr(fused, "WORTH_CUTTING", 0)
     given = inputs(tokens, queries, torch.bfloat16, "cuda")
     if cudnn and fused.fused_kernel(*inputs(64, 64, torch.bfloat16, "cuda")[:2], causal=True) is not fused.CUDNN:

@@ -103,13 +103,13 @@ def _read_kernel(
     age = tl.maximum(tokens - 1 - token, 0) if REVERSE else token + 1
     weight = tl.where(real, tl.exp(-tl.load(p_rates + i_h).to(tl.float32) * age.to(tl.float32)), 0.0)
     if tl.max(weight, 0) > 0:
-        token = (first + token).to(tl.int64)
-        at_a = token[:, None] * a_token + i_h * a_head + i_k[None, :]
+        row = (first + token).to(tl.int64)[:, None]
+        at_a = row * a_token + i_h * a_head + i_k[None, :]
         b_a = tl.load(p_a + at_a, mask=real[:, None] & ok_k[None, :], other=0.0)
         at_state = i_m * state_m + i_h * state_h + i_k[:, None] * state_k + i_v[None, :] * state_v
         state = tl.load(p_states + at_state, mask=ok_k[:, None] & ok_v[None, :], other=0.0)
         read = tl.dot(b_a, state.to(b_a.dtype), input_precision=PRECISION) * weight[:, None]
-        at_out = token[:, None] * out_token + i_h * out_head + i_v[None, :] * out_v
+        at_out = row * out_token + i_h * out_head + i_v[None, :] * out_v
         ok = real[:, None] & ok_v[None, :]
         read += tl.load(p_out + at_out, mask=ok, other=0.0).to(tl.float32)
         tl.store(p_out + at_out, read.to(p_out.dtype.element_ty), mask=ok)

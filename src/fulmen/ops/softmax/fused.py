@@ -1,8 +1,8 @@
 """PyTorch's kernels that give a block's logarithms of sums too, and take merged ones backward (see `blocks`).
 
-On Hopper cuDNN's is the faster one, but it is planned anew for every pair of lengths, which takes the host tens of
-milliseconds, and no plan is ever dropped. So large blocks are cut: what is round goes to cuDNN, with lengths that come
-again, and the rest to FlashAttention-2.
+On Hopper cuDNN's is twice as fast, but it is planned anew for every pair of lengths, which takes the host tens of
+milliseconds, and no plan is ever dropped. So large blocks are cut: what is round, of few leading bits, goes to cuDNN,
+with lengths that come again, and the rest, less than an eighth of each length, to FlashAttention-2.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
-ROUND = 4096
-"""Of what the lengths are multiples that cuDNN is given."""
+LEADING_BITS, SHORTEST = 4, 1024
+"""Of the lengths that cuDNN is given: eight to each power of two."""
 
-WORTH_CUTTING = 2**30
+WORTH_CUTTING = 2**28
 """Scores of all heads from which a block is cut."""
 
 
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
 def cut_block(q: Tensor, k: Tensor, *, causal: bool) -> list[Piece]:
     """The pieces of q [T, H, D] over keys k [S, H_kv, D], T == S if `causal`; one where nothing is gained."""
-    queries, keys = (len(x) - len(x) % ROUND for x in (q, k))
+    queries, keys = _round(len(q)), _round(len(k))
     if not (queries and keys and len(q) * len(k) * q.shape[1] >= WORTH_CUTTING and _prefers_cudnn(q, k, causal)):
         return [Piece(slice(0, len(q)), slice(0, len(k)), causal)]
     upper, lower, left, right = slice(0, queries), slice(queries, len(q)), slice(0, keys), slice(keys, len(k))
@@ -50,8 +50,13 @@ def fused_kernel(q: Tensor, k: Tensor, *, causal: bool) -> Kernel | None:
     """The one for a piece; None if there is none."""
     if not _has_kernel(q):
         return None
-    is_round = not (len(q) % ROUND or len(k) % ROUND)
+    is_round = all(_round(len(x)) == len(x) for x in (q, k))
     return CUDNN if is_round and _prefers_cudnn(q, k, causal) else FLASH
+
+
+def _round(length: int) -> int:
+    """The largest length up to this one that cuDNN is given; 0 for none."""
+    return 0 if length < SHORTEST else length >> (drop := length.bit_length() - LEADING_BITS) << drop
 
 
 def _has_kernel(q: Tensor) -> bool:

@@ -26,7 +26,7 @@ from ranks.attention import lasp, lengths, ring
 from ranks.check import check
 from ranks.experts import experts, router
 from ranks.hosts import hosts
-from ranks.training import axes, fsdp, larger
+from ranks.training import axes, fsdp, rows
 
 PORT, PATIENCE, WAIT = "29517", 600, timedelta(minutes=2)
 PARTS = {
@@ -37,7 +37,7 @@ PARTS = {
     "experts": experts,
     "router": lambda device: router(),
     "lengths": lengths,
-    "larger": larger,
+    "rows": rows,
     "fsdp": fsdp,
 }
 SAME_RANKS = ("ranks", "link", "gpu", "torch")

@@ -82,8 +82,8 @@ def small(device: torch.device) -> Work:
 
 
 def middle() -> Work:
-    """1B parameters in bf16."""
-    return Work(config=ModelConfig.preset("1b"), batch=2**17, row=2**14, sample=2**13, dtype=torch.bfloat16)
+    """1B parameters in bf16: four rows."""
+    return Work(config=ModelConfig.preset("1b"), batch=2**18, row=2**16, sample=2**13, dtype=torch.bfloat16)
 
 
 def large(world: int) -> Work:
@@ -115,18 +115,19 @@ def axes(device: torch.device) -> list[dict]:
     return rows
 
 
-def larger(device: torch.device) -> list[dict]:
-    """A model of a size of its own on a GPU over each axis: time and memory alone."""
-    named = [("one rank", None, False), *meshes(dist.get_world_size())]
-    rows = []
-    for name, sizes, keep in named:
-        alone = sizes is None
-        work, found = middle(), None
-        if not alone or dist.get_rank() == 0:
-            found = _trained(work, sizes, device, WARM, keep_weights=keep)
+def rows(device: torch.device) -> list[dict]:
+    """Whole rows to each rank, or a part of each row, with weights gathered for each or once a step."""
+    world, work, found = dist.get_world_size(), middle(), []
+    named = [("one rank", None, False), (f"dp {world}", {"dp": world}, False)]
+    named += [(f"cp {world}{', weights kept' * keep}", {"cp": world}, keep) for keep in (False, True)]
+    for name, used, keep in named:
+        sizes = None if used is None else MeshSizes(**used).fitted(world)
+        trained = None
+        if sizes is not None or dist.get_rank() == 0:
+            trained = _trained(work, sizes, device, WARM, keep_weights=keep)
         plan = planned.step(work.config, sizes or MeshSizes().fitted(1), groups=GROUPS, keep=keep, **work.shape)
-        rows.append(_shown({"mesh": name} | _cost(found) | plan))
-    return rows
+        found.append(_shown({"mesh": name} | _cost(trained) | plan))
+    return found
 
 
 def fsdp(device: torch.device) -> list[dict]:

@@ -15,6 +15,14 @@ def lasp(name: str) -> str:
 
 
 def slow_ring() -> str:
+    return ring("parallel-slow")
+
+
+def gpu_ranks_ring() -> str:
+    return ring("parallel")
+
+
+def ring(name: str) -> str:
     rows = [
         [
             f"{row['tokens of a rank']}",
@@ -23,7 +31,7 @@ def slow_ring() -> str:
             f"{row['ms']:.0f}",
             percent(row["hidden"]),
         ]
-        for row in read("parallel-slow")["ring"]
+        for row in read(name)["ring"]
     ]
     return markdown(["tokens of a rank", "cut", "overlap", "ms", "hidden"], rows)
 
@@ -129,6 +137,19 @@ def gpu_ranks_lasp() -> str:
     return lasp("parallel")
 
 
+def gpu_ranks_rows() -> str:
+    """1B parameters, where rows are few and long."""
+    rows = [
+        [row["mesh"], *(f"{row[key]:,.0f}" for key in ("ms", "planned ms")), *_gigabytes(row)]
+        for row in read("parallel")["rows"]
+    ]
+    return markdown(["mesh", "ms a step", "planned", "GB of a rank", "planned"], rows)
+
+
+def _gigabytes(row: dict) -> list[str]:
+    return [f"{row[key] / 1e3:.1f}" for key in ("MB of a rank", "planned MB of a rank")]
+
+
 def gpu_ranks_training() -> str:
     """7B parameters."""
     rows = [
@@ -138,7 +159,7 @@ def gpu_ranks_training() -> str:
             f"{row['share of the matrix rate']:.0%}",
             f"{row['ms']:,.0f}",
             f"{row['planned ms']:,.0f}",
-            *(f"{row[key] / 1e3:.1f}" for key in ("MB of a rank", "planned MB of a rank")),
+            *_gigabytes(row),
         ]
         for row in read("parallel")["fsdp"]
     ]
@@ -157,6 +178,8 @@ TABLES = (
     gpu_ranks_axes,
     gpu_ranks_lengths,
     gpu_ranks_lasp,
+    gpu_ranks_ring,
     gpu_ranks_experts,
     gpu_ranks_training,
+    gpu_ranks_rows,
 )

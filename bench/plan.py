@@ -93,7 +93,7 @@ def describe(plan: Plan) -> dict:
         "samples of a row": placement.samples,
         "rows of a replica": placement.micro_batches,
         "layers computed again": placement.checkpoint,
-        "weights kept gathered": placement.keeps,
+        "weights kept gathered": placement.keep,
         "token groups": placement.piece.token_groups,
         "GB a GPU": plan.needs / 1e9,
         "largest part": plan.largest,

@@ -227,6 +227,14 @@ class TestMemory:
                 kept = step_memory(placement, stage)["activations kept"]
                 assert kept == number * 4096 * len(stage.layers) * 64 * 2
 
+    def test_the_rings_keys_are_those_of_the_steps_under_way(self, monkeypatch):
+        keys = 2 * 1024 * SMALL.num_kv_heads * SMALL.head_dim  # numbers of a rank's tokens, a quarter of 4096
+        # In bf16 a step under way has keys and gradients there and back; one more is at hand; sums are in fp32.
+        step, kept = 3 * 2 * keys, (2 + 4) * keys
+        for memory, steps in ((0, 1), (2 * step, 2), (1e9, 3)):
+            monkeypatch.setattr("fulmen.parallel.ring.AHEAD", memory)
+            assert self.needs("keys in the ring", 4, {"cp": 4}) == kept + (1 + steps) * step
+
     def test_weights_that_stay_gathered_cost_memory_and_save_bytes(self):
         found = {keep: Plan(place(4, keep=keep), H800) for keep in (False, True)}
         total = SMALL.count_parameters().total
@@ -240,6 +248,9 @@ class TestMemory:
             for keep, plan in found.items()
         }
         assert counts[False] == found[False].placement.micro_batches * counts[True] > counts[True]
+        texts = ("gathered for each pass of a micro batch", "gathered once a step, with mesh.keep_weights")
+        for keep, text in enumerate(texts):
+            assert text in found[bool(keep)].table()
 
 
 class TestTime:

@@ -16,18 +16,18 @@ from fulmen.parallel.ring import ring_attention
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 
 
-def whole_row(borders):
+def whole_row(borders, dtype=torch.float32):
     torch.manual_seed(borders[-1])
     shapes = [(1, borders[-1], heads, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
-    return [torch.randn(shape) for shape in shapes]
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
-def on_a_rank(cases):
+def on_a_rank(cases, dtype=torch.float32):
     """Outputs and gradients of this rank's part of each (borders, balanced, overlap, steps ahead)."""
     found = []
     for borders, balanced, overlap, ahead in cases:
         cut, rank = Cut(borders, dist.get_world_size(), balanced), dist.get_rank()
-        q, k, v, grad = (cut.take(x, rank) for x in whole_row(borders))
+        q, k, v, grad = (cut.take(x, rank) for x in whole_row(borders, dtype))
         inputs = [x.requires_grad_() for x in (q, k, v)]
         with mock.patch.object(ring, "steps_ahead", lambda step_bytes, ahead=ahead: ahead):
             out = ring_attention(*inputs, cut, dist.group.WORLD, overlap=overlap)
@@ -39,16 +39,26 @@ def on_a_rank(cases):
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_outputs_and_gradients_are_those_of_the_whole_row(world):
     cases = [*itertools.product(BORDERS, (False, True), (True,), (world,)), (BORDERS[0], False, False, world)]
-    cases += [(borders, True, True, ahead) for borders in BORDERS[:2] for ahead in (1, 2)]
-    for (borders, balanced, *_), *parts in zip(cases, *run_ranks(world, on_a_rank, cases), strict=True):
-        *inputs, grad = whole_row(borders)
+    cases += [(borders, True, True, ahead) for borders in (BORDERS[0], *BORDERS[5:8]) for ahead in (1, 2)]
+    check(world, cases, torch.float32, 1e-5)
+
+
+def test_float64():
+    check(4, [(BORDERS[0], True, True, 4), (BORDERS[2], False, True, 4)], torch.float64, 1e-13)
+
+
+def check(world, cases, dtype, tolerance):
+    """All ranks' parts beside the whole row."""
+    for (borders, balanced, *_), *parts in zip(cases, *run_ranks(world, on_a_rank, cases, dtype), strict=True):
+        *inputs, grad = whole_row(borders, dtype)
         inputs = [x.requires_grad_() for x in inputs]
         out = softmax_attention(*inputs, torch.tensor(borders, dtype=torch.int32))
         out.backward(grad)
         cut = Cut(borders, world, balanced)
         for number, expected in enumerate((out.detach(), *(x.grad for x in inputs))):
             found = cut.join([part[number] for part in parts])
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=f"{borders} {balanced} {number}")
+            what = f"{borders} {balanced} {number}"
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=what)
 
 
 def messages(borders, dtype=torch.float32):

@@ -63,7 +63,9 @@ def test_training_over_ranks_is_training(folder, alone, sizes):
     check_training(folder, alone, sizes)
 
 
-@pytest.mark.parametrize("sizes", [{"dp": 2}, {"cp": 2, "ep": 2}], ids=lambda sizes: " x ".join(sizes))
+@pytest.mark.parametrize(
+    "sizes", [{"dp": 2}, {"cp": 2, "ep": 2}, {"pp": 2, "cp": 2}], ids=lambda sizes: " x ".join(sizes)
+)
 def test_with_weights_that_stay_gathered(folder, alone, sizes):
     check_training(folder, alone, sizes, keep_weights=True)
 

@@ -80,10 +80,10 @@ def parallelize(
 
 
 def begin_row(model: nn.Module, *, trains: bool, last: bool) -> None:
-    """Before a row's passes through a spread model whose weights stay gathered until the last row of a step.
+    """Before a row goes through a spread model whose weights stay gathered until the last row of a step.
 
-    The last one's backward pass sums the gradients of all rows, which gathered weights have had to themselves. Where
-    nothing `trains`, weights are let go layer by layer.
+    Until then gradients add up on each rank, unsharded; the last row's backward pass sums them over ranks and lets the
+    weights go. Where nothing `trains`, they are let go layer by layer.
     """
     assert isinstance(model, FSDPModule)
     model.set_reshard_after_forward(not trains)

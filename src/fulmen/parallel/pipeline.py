@@ -76,12 +76,13 @@ class Rows(NamedTuple):
     """What a pipeline is to compute.
 
     forward: of the row of a number what the model's `loss` gives. weigh: of that and the number this rank's share of
-    the loss of all rows, linear in nll and balance.
+    the loss of all rows, linear in nll and balance. before_last: called before the last row goes backward.
     """
 
     count: int
     forward: Callable[[int], TrainingLoss]
     weigh: Callable[[TrainingLoss, int], Tensor]
+    before_last: Callable[[], None]
 
 
 def without_gradients(loss: TrainingLoss, *, keep_routing: bool) -> TrainingLoss:
@@ -141,9 +142,11 @@ class _Stage(nn.Module):
         loss = self.rows.forward(number)
         total = self.rows.weigh(loss, number)
         self.found[number] = without_gradients(loss, keep_routing=number == self.rows.count - 1)
-        if isinstance(self.model.lm_head, _NoHead):
-            return _WithLoss.apply(self.model.lm_head.leaving, total)
-        return total[None]
+        leaves = isinstance(self.model.lm_head, _NoHead)
+        out = _WithLoss.apply(self.model.lm_head.leaving, total) if leaves else total[None]
+        if out.requires_grad and number == self.rows.count - 1:
+            out.register_hook(lambda gradient: self.rows.before_last())
+        return out
 
 
 class _WithLoss(torch.autograd.Function):

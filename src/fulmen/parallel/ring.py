@@ -24,13 +24,14 @@ from torch.autograd.function import once_differentiable
 
 from fulmen.ops.softmax import softmax_attention
 from fulmen.ops.softmax.blocks import Attended, attend_block, attend_block_backward, merge, row_dots
-from fulmen.parallel.cut import Cut
+from fulmen.parallel.cut import Cut, Segment
 
 AHEAD = 2**32
-"""Bytes of keys, and backward of their gradients, that may be under way to and from a rank; of one step in any case."""
+"""Bytes that may be under way to and from a rank; one step always may."""
 
 BACKWARD_TENSORS = 3
-"""As large as a step's keys that the backward pass has under way: those, their gradients here, and its own back."""
+"""Of a step under way in the backward pass, each as large as its keys: these, their gradients on the way to their
+owner, and gradients of this rank's keys on the way here."""
 
 Arriving = tuple[Tensor | None, list[dist.Work]]
 """What is there once the works are done; None if nothing comes."""
@@ -72,51 +73,60 @@ class _Block(NamedTuple):
     keys: slice  # among all that their owner gives
 
 
-class _Route:
+class _Route(NamedTuple):
     """Who needs whose keys in a row's cut, as one rank sees it: the same for all layers.
 
     What a rank gives are the tails of its segments, laid end to end.
     """
 
-    def __init__(self, cut: Cut, rank: int):
-        self._cut, self._rank = cut, rank
-        self._with_head = [number for number in cut.held(rank) if cut.head(number) is not None]
-        self.heads = [cut.place(rank, cut.head(number)) for number in self._with_head]
-        tails = (cut.tail(number) for number in cut.held(rank))
-        self.tails = [cut.place(rank, tail) for tail in tails if tail is not None]
-        pieces = (slice(*ends) for ends in itertools.pairwise(cut.local_borders(rank)))
-        self.others = [piece for piece in pieces if piece not in self.heads]
-        self.needed = self._steps_needed()
-        self.steps = sorted(set().union(*self.needed))
-        self.num_keys = [self._num_keys(owner) for owner in range(cut.ranks)]
-        self.blocks = [self._blocks(owner) for owner in range(cut.ranks)]
+    heads: list[slice]  # of its tokens those that need keys of another segment
+    tails: list[slice]  # those whose keys another segment may need
+    others: list[slice]  # pieces that need no keys but their own
+    needed: list[set[int]]  # in which steps the keys of each rank go to another
+    steps: list[int]  # in which any do
+    num_keys: list[int]  # that each rank gives
+    blocks: list[list[_Block]]  # what this one computes with those of each rank
 
     @staticmethod
     @functools.lru_cache(maxsize=4)
     def of(cut: Cut, rank: int) -> "_Route":
-        return _Route(cut, rank)
+        with_head = [number for number in cut.held(rank) if cut.head(number) is not None]
+        heads = [cut.place(rank, cut.head(number)) for number in with_head]
+        pieces = (slice(*ends) for ends in itertools.pairwise(cut.local_borders(rank)))
+        needed, tails = _steps_needed(cut), [_tails_of(cut, owner) for owner in range(cut.ranks)]
+        return _Route(
+            heads=heads,
+            tails=[cut.place(rank, tail) for tail in tails[rank].values()],
+            others=[piece for piece in pieces if piece not in heads],
+            needed=needed,
+            steps=sorted(set().union(*needed)),
+            num_keys=[sum(tail.end - tail.start for tail in each.values()) for each in tails],
+            blocks=[_blocks(each, cut.distances(later=with_head)) for each in tails],
+        )
 
-    def _blocks(self, owner: int) -> list[_Block]:
-        """What this rank computes with an owner's keys."""
-        distances, start, found = self._cut.distances(later=self._with_head), 0, []
-        for number in self._cut.held(owner):
-            if (tail := self._cut.tail(number)) is not None:
-                keys = slice(start, start := start + tail.end - tail.start)
-                found += [_Block(head, keys) for head in torch.nonzero(distances[:, number] >= 0).flatten().tolist()]
-        return found
 
-    def _num_keys(self, owner: int) -> int:
-        tails = (self._cut.tail(number) for number in self._cut.held(owner))
-        return sum(tail.end - tail.start for tail in tails if tail is not None)
+def _tails_of(cut: Cut, rank: int) -> dict[int, Segment]:
+    """Of a rank's segments, by their numbers."""
+    found = {number: cut.tail(number) for number in cut.held(rank)}
+    return {number: tail for number, tail in found.items() if tail is not None}
 
-    def _steps_needed(self) -> list[set[int]]:
-        """In which steps the keys of each rank go to those that need them, its own needs left out."""
-        ranks, needed = self._cut.ranks, [set() for _ in range(self._cut.ranks)]
-        distances = self._cut.distances(later=range(len(self._cut.segments)))
-        for later, earlier in torch.nonzero(distances >= 0).tolist():
-            owner = self._cut.holder(earlier)
-            needed[owner].add((self._cut.holder(later) - owner) % ranks)
-        return [steps - {0} for steps in needed]
+
+def _blocks(tails: dict[int, Segment], distances: Tensor) -> list[_Block]:
+    """What some heads compute with an owner's tails; distances: `Cut.distances` to the heads' segments."""
+    start, found = 0, []
+    for number, tail in tails.items():
+        keys = slice(start, start := start + tail.end - tail.start)
+        found += [_Block(head, keys) for head in torch.nonzero(distances[:, number] >= 0).flatten().tolist()]
+    return found
+
+
+def _steps_needed(cut: Cut) -> list[set[int]]:
+    """In which steps the keys of each rank go to those that need them, its own needs left out."""
+    needed = [set() for _ in range(cut.ranks)]
+    for later, earlier in torch.nonzero(cut.distances(later=range(len(cut.segments))) >= 0).tolist():
+        owner = cut.holder(earlier)
+        needed[owner].add((cut.holder(later) - owner) % cut.ranks)
+    return [steps - {0} for steps in needed]
 
 
 class _Ring:
@@ -208,7 +218,7 @@ class _RingAttention(torch.autograd.Function):
             out[:, piece] = others[:, part]
         for head, attended in zip(ring.route.heads, seen, strict=True):
             out[0, head] = attended.out.to(out.dtype)
-        ctx.ring, ctx.heads = ring, len(seen)
+        ctx.ring = ring
         ctx.save_for_backward(q, k, v, *itertools.chain.from_iterable(seen))
         return out
 
@@ -237,9 +247,8 @@ class _Gradients:
         self.ahead = ring.ahead(mine, BACKWARD_TENSORS)
         self._dots = [row_dots(each.out, d_out[head]) for head, each in zip(ring.route.heads, seen, strict=True)]
         self._sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
-        self._own = _tails(
-            *(x[None] for x in self._sums[1:]), ring.route.tails
-        )  # of this rank's keys, by all who saw them
+        # Of this rank's keys, by all who saw them.
+        self._own = _tails(*(x[None] for x in self._sums[1:]), ring.route.tails)
         self._arriving: deque[Arriving] = deque()
 
     def visit(self, step: int, keys: Tensor | None) -> None:
@@ -262,7 +271,8 @@ class _Gradients:
         for head, part in blocks:
             d_q, d_k, d_v = self._of_block(head, *keys[:, part], False)
             self._sums[0][self._ring.route.heads[head]] += d_q
-            d_keys[:, part] += torch.stack([d_k, d_v])
+            d_keys[0, part] += d_k
+            d_keys[1, part] += d_v
         return d_keys
 
     def _add_within_heads(self) -> None:

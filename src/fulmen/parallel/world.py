@@ -112,13 +112,16 @@ class World:
     def shard(self, model: nn.Module, *, keep_weights: bool = False, **how: Any) -> None:
         """Spread a model, the same on every rank, over them all, as `parallelize` is told.
 
-        keep_weights: they stay gathered for all rows of a step (`begin_row`), as a pipeline's always do.
+        keep_weights: they stay gathered until the last row of a step has gone backward (`begin_row`).
         """
         if self._mesh is not None:
             with _shared():
                 self._waits = parallelize(model, self._mesh, **how)
             if self.any(not any(p.requires_grad for p in model.parameters())):
                 raise SharedError("train.freeze leaves a stage of the pipeline nothing to train: take mesh.pp = 1")
+            if self._mesh.sizes.cp > 1:
+                # NCCL wants all of a group in its first collective, and the ring leaves out ranks that need nothing.
+                dist.all_reduce(torch.zeros(1, device=self._mesh.device), group=self._mesh.group("cp"))
             self._row = self._mesh.dense["cp", "tp"]._flatten("row").get_group()
             self._kept = model if keep_weights else None
             if self._mesh.sizes.pp > 1:
@@ -143,16 +146,21 @@ class World:
         if self._pipeline is None:
             found = []
             for left, (batch, counts) in zip(reversed(range(len(rows))), rows, strict=True):
-                if self._kept is not None:
-                    begin_row(self._kept, trains=weigh is not None, last=left == 0)
+                self._begin_row(trains=weigh is not None, last=left == 0)
                 found.append(_forward_backward(forward(batch), weigh, counts, left == 0))
         else:
             found = []
+            self._begin_row(trains=weigh is not None, last=False)
+            last = lambda: self._begin_row(trains=True, last=True)  # noqa: E731
             for part in [rows] if weigh else [[row] for row in rows]:
-                asked = Rows(len(part), lambda n, part=part: forward(part[n][0]), _weigher(weigh, part))
+                asked = Rows(len(part), lambda n, part=part: forward(part[n][0]), _weigher(weigh, part), last)
                 shape = self._sent_shape(part[0][0], config)
                 found += self._pipeline.run(asked, shape, dtype, backward=weigh is not None)
         return [(loss, counts) for loss, (_, counts) in zip(found, rows, strict=True)]
+
+    def _begin_row(self, *, trains: bool, last: bool) -> None:
+        if self._kept is not None:
+            begin_row(self._kept, trains=trains, last=last)
 
     def _sent_shape(self, batch: Batch, config: ModelConfig) -> tuple[int, int, int]:
         """Of the hidden vectors of a row that this rank has between two layers."""

@@ -166,7 +166,7 @@ class MeshSection(MeshSizes):
 
     global_router: bool = True  # one capacity for all tokens that are computed at a time; False: for each rank's
     token_groups: int = 1  # in which tokens travel to experts, one while another is computed
-    keep_weights: bool = False  # gathered for all rows of a step, behind which gradients are summed; else for each pass
+    keep_weights: bool = False  # gathered once a step, after which gradients are summed; False: for each pass of a row
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,11 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fulmen.ops.lightning.parts import FARTHEST, Parts
+from fulmen.ops.lightning.parts import FARTHEST, SHARE, SHARES, Parts
 from fulmen.ops.lightning.triton import as_rows
-
-SHARE, SHARES = 4096, 16
-"""Tokens that one program sums at least, and into how many sums at most: they are added up at the end."""
 
 
 def triton_sum_states(b: Tensor, c: Tensor, rates: Tensor, parts: Parts, *, reverse: bool) -> Tensor:
@@ -59,7 +56,7 @@ def _sum_kernel(
 ):  # fmt: skip
     """A part's state, some columns of one head's, of a share of its tokens."""
     i_s, i_m = tl.program_id(0) // count, tl.program_id(0) % count
-    i_h, i_k = tl.program_id(1), tl.arange(0, BLOCK_K)
+    i_h, i_k = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_K)
     first = tl.load(p_parts + 2 * i_m)
     tokens = tl.load(p_parts + 2 * i_m + 1) - first
     i_v = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -97,7 +94,7 @@ def _read_kernel(
     i_m, token = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * C + tl.arange(0, C)
     first = tl.load(p_parts + 2 * i_m)
     tokens = tl.load(p_parts + 2 * i_m + 1) - first
-    i_h, i_k = tl.program_id(1), tl.arange(0, BLOCK_K)
+    i_h, i_k = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_K)
     i_v = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     real, ok_k, ok_v = token < tokens, i_k < K, i_v < V
     age = tl.maximum(tokens - 1 - token, 0) if REVERSE else token + 1

@@ -23,6 +23,9 @@ from fulmen.ops.lightning.context import Context
 FARTHEST = 104.0
 """Times 1 / s tokens away nothing counts: exp(-104) is zero in fp32. A GPU's kernels pass over such tokens."""
 
+SHARE, SHARES = 4096, 16
+"""Tokens that a program of a GPU sums at least, and into how many sums at most: they are added up at the end."""
+
 
 def forward_pass(qkv: Tensor, rates: Tensor, borders: Sequence[int]) -> tuple[Tensor, Context, tuple[Tensor, ...]]:
     """Outputs [n, H, D] of q, k, v = qkv [n, H, 3, D], and what `backward_pass` asks for: a context, and tensors.

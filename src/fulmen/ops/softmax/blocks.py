@@ -59,7 +59,8 @@ def merge(one: Attended | None, other: Attended) -> Attended:
 
 def row_dots(out: Tensor, d_out: Tensor) -> Tensor:
     """[T, H] fp32: of each query's merged output with its gradient."""
-    return (out.float() * d_out.float()).sum(-1)
+    wide = torch.promote_types(out.dtype, torch.float32)
+    return (out.to(wide) * d_out.to(wide)).sum(-1)
 
 
 def attend_block_backward(

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 LEADING_BITS, SHORTEST = 4, 1024
-"""Of the lengths that cuDNN is given: eight to each power of two."""
+"""Lengths given to cuDNN have at most so many significant bits, so that there are eight to each power of two, and at
+least so many tokens."""
 
 WORTH_CUTTING = 2**28
 """Scores of all heads from which a block is cut."""

@@ -77,10 +77,10 @@ def _seconds(plan: Plan) -> float:
 
 
 def _placements(job: Job, sizes: MeshSizes) -> Iterator[Placement]:
-    """All on a mesh; a row of several samples is not cut over cp, and a pipeline always keeps its weights."""
+    """All on a mesh; a row of several samples is not cut over cp."""
     for samples in _samples(job, sizes):
         for checkpoint in (False, True):
-            for keep in (False, True) if sizes.pp == 1 else (True,):
+            for keep in (False, True):
                 yield Placement(job=job, sizes=sizes, samples=samples, checkpoint=checkpoint, keep=keep)
 
 

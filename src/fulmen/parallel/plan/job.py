@@ -134,7 +134,7 @@ class Placement:
     sizes: MeshSizes  # with dp and edp filled in
     samples: int = 1  # of a micro batch's row
     checkpoint: bool = True  # keep each layer's input alone and compute the layer again in the backward pass
-    keep: bool = False  # weights stay gathered for all micro batches of a step, gradients are reduced at its end
+    keep: bool = False  # weights stay gathered until the last micro batch of a step, which reduces all gradients
     balanced: bool = True
     groups: int = 4
     load: float = 1.2
@@ -187,11 +187,6 @@ class Placement:
     @property
     def micro_batches(self) -> int:
         return self.job.batch // (self.sizes.dp * self.piece.row)
-
-    @property
-    def keeps(self) -> bool:
-        """A pipeline always does: torch.distributed.pipelining reduces gradients after the last micro batch."""
-        return self.keep or self.sizes.pp > 1
 
     @cached_property
     def stages(self) -> tuple["Stage", ...]:

@@ -4,7 +4,10 @@ Weights are fp32 with AdamW's two moments and gradients, sharded by FSDP; what p
 those that the modules of `fulmen.model` keep for their backward passes on a GPU.
 """
 
+import math
+
 from fulmen.model.config import LIGHTNING, SOFTMAX
+from fulmen.ops.lightning.parts import SHARE, SHARES
 from fulmen.parallel.plan.job import (
     FP32,
     LOGITS_CHUNK,
@@ -33,7 +36,7 @@ def step_memory(placement: Placement, stage: Stage) -> dict[str, float]:
         "gradients": max(0.0, shard - kept) if placement.micro_batches == 1 else shard,
         "AdamW's moments": 2 * shard,
         # While one layer is computed, the next one's are under way; embedding and head stay between the passes.
-        "weights gathered": whole if placement.keeps else min(whole, 2 * unit.gathered(placement.number) + FP32 * ends),
+        "weights gathered": whole if placement.keep else min(whole, 2 * unit.gathered(placement.number) + FP32 * ends),
         "gradients not yet reduced": _unreduced(placement, weights, unit),
         "activations kept": kept,
         "a layer at hand": at_hand,
@@ -78,7 +81,7 @@ def shard_size(placement: Placement, weights: Weights) -> float:
 
 def _unreduced(placement: Placement, weights: Weights, unit: Weights) -> float:
     """Sums over micro batches in fp32 where weights are kept, else those of a layer as they are made and are sent."""
-    if not placement.keeps or placement.micro_batches == 1:
+    if not placement.keep or placement.micro_batches == 1:
         return unit.gathered(placement.number) + FP32 * (unit.dense + unit.experts)
     sizes = placement.sizes
     return FP32 * ((sizes.dp * sizes.cp > 1) * weights.dense + (sizes.edp > 1) * weights.experts)
@@ -105,12 +108,14 @@ def _head(placement: Placement, stage: Stage) -> float:
 
 
 def _states(piece: Piece) -> float:
-    """Those of all ranks of cp, and what enters and leaves this one."""
+    """Those of all ranks of cp, what enters and leaves this one, and the sums that one of a segment is made of."""
     if not piece.ring.is_crossed:
         return 0.0
     config = piece.config
     state = config.num_heads / piece.tp * config.head_dim**2 * FP32
-    return (1 + piece.balanced) * (piece.cp + 2) * state
+    segments = 1 + piece.balanced
+    sums = min(SHARES, math.ceil(piece.wide_tokens / segments / SHARE))
+    return segments * (piece.cp + 2 + sums) * state
 
 
 def _keys(piece: Piece) -> float:

@@ -101,7 +101,7 @@ def estimate_step(placement: Placement, machine: Machine) -> Estimate:
     weights = _weights(placement, stage, machine, *passes[slowest])
     sends = [record.seconds(machine) for record in pipeline_traffic(placement, stage)]
     fill = 2 * (placement.sizes.pp - 1) * max(sends, default=0.0)
-    total = EMPTY.plus(span, micro).plus(weights, 1 if placement.keeps else micro)
+    total = EMPTY.plus(span, micro).plus(weights, 1 if placement.keep else micro)
     parts = total.work + Counter({f"{WAITING}{part}": seconds for part, seconds in total.waits.items()})
     parts[BUBBLE] = sum(other.seconds for other in spans) - span.seconds + fill
     parts[OPTIMIZER] = max(_optimizer(placement, each, machine) for each in placement.stages)
@@ -239,13 +239,11 @@ def _pipelined(*seconds: float, groups: int) -> float:
 def _weights(placement: Placement, stage: Stage, machine: Machine, forward: Span, backward: Span) -> Span:
     """FSDP under the forward and the backward pass, of each micro batch or, where weights are kept, of a step.
 
-    In a pipeline gradients are reduced when all micro batches are done. The first layer to be gathered and the last one
-    to be reduced are always seen.
+    The first layer to be gathered and the last one to be reduced are always seen.
     """
     first, second = weight_traffic(placement, stage)
     units = len(stage.layers) + 1
-    under = EMPTY if placement.sizes.pp > 1 else backward
-    waits = _weight_wait(first, machine, forward, units) + _weight_wait(second, machine, under, units)
+    waits = _weight_wait(first, machine, forward, units) + _weight_wait(second, machine, backward, units)
     copied = copied_traffic(placement, stage)
     waits += _seconds(copied, machine)
     return _talk([*first, *second, *copied], machine, Counter(), Counter({WEIGHTS: waits}))

@@ -155,7 +155,7 @@ def weight_traffic(placement: Placement, stage: Stage) -> tuple[list[Collective]
     layers = [unit for unit in units if unit.group.ranks > 1 and unit.count]
     ends = end_weights(config, sizes, stage)
     both = [*layers, _Unit(dense, ends, 1)] if ends and dense.ranks > 1 else layers
-    again = [] if placement.keeps else [unit.gathered for unit in layers]
+    again = [] if placement.keep else [unit.gathered for unit in layers]
     return [unit.gathered for unit in both], [*again, *(unit.reduced for unit in both)]
 
 
@@ -204,7 +204,7 @@ def step_traffic(placement: Placement, stage: Stage) -> list[Collective]:
             found += [record.times(stage.layers.count(kind) * micro) for record in each]
     found += [record.times(micro) for record in end_traffic(piece, stage, axes)]
     for records in weight_traffic(placement, stage):
-        found += [record.times(1 if placement.keeps else micro) for record in records]
+        found += [record.times(1 if placement.keep else micro) for record in records]
     found += [record.times(micro) for record in pipeline_traffic(placement, stage)]
     return _together([*found, *copied_traffic(placement, stage)])
 

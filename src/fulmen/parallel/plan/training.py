@@ -181,6 +181,6 @@ def size(number: float) -> str:
 
 
 def _gathering(placement: Placement) -> str:
-    if not placement.keeps:
-        return "gathered for each pass of a micro batch"
-    return "gathered once a step" + ", with mesh.keep_weights" * placement.keep
+    return (
+        "gathered once a step, with mesh.keep_weights" if placement.keep else "gathered for each pass of a micro batch"
+    )

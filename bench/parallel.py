@@ -99,7 +99,10 @@ def keep(path: Path, machine: dict, part: str, found: list[dict]) -> None:
     kept = json.loads(path.read_text()) if path.exists() else {}
     if any(kept.get("machine", {}).get(key) != machine.get(key) for key in SAME_RANKS):
         kept = {}
-    path.write_text(json.dumps(kept | {"machine": machine, part: found}, indent=2) + "\n", encoding="utf-8")
+    runs = kept.get("runs", {}) | {part: {key: machine[key] for key in ("commit", "time")}}
+    path.write_text(
+        json.dumps(kept | {"machine": machine, "runs": runs, part: found}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def draw(results: dict, name: str) -> None:

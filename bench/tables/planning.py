@@ -13,8 +13,18 @@ def plan_training() -> str:
         if rows and rows[-1][0] == row["context"]:
             rows.pop()  # only the largest that does not do
         least = f"does not fit: {row['GB a GPU']:.0f} GB, most of it {row['largest part']}"
-        rows.append([row["context"], f"{row['GPUs']} or fewer", least, *[""] * 9])
-    head = ["tokens of a sample", "GPUs", "mesh", "of experts", "rows", "computed again", "GB", "most of it"]
+        rows.append([row["context"], f"{row['GPUs']} or fewer", least, *[""] * 10])
+    head = [
+        "tokens of a sample",
+        "GPUs",
+        "mesh",
+        "of experts",
+        "rows",
+        "computed again",
+        "weights kept",
+        "GB",
+        "most of it",
+    ]
     return markdown([*head, "tokens/s", "MFU", "hidden", "lost most"], rows)
 
 
@@ -23,7 +33,8 @@ def plan_mesh(row: dict) -> list[str]:
     mesh = row["mesh"]
     axes = [" x ".join(f"{name} {mesh[name]}" for name in names if mesh[name] > 1) for names in PLAN_AXES]
     rows = f"{row['rows of a replica']}" + (f" of {row['samples of a row']}" if row["samples of a row"] > 1 else "")
-    return [*axes, rows, "yes" if row["layers computed again"] else "no", f"{row['GB a GPU']:.0f}", row["largest part"]]
+    choices = ("yes" if row[what] else "no" for what in ("layers computed again", "weights kept gathered"))
+    return [*axes, rows, *choices, f"{row['GB a GPU']:.0f}", row["largest part"]]
 
 
 def plan_speed(row: dict) -> list[str]:

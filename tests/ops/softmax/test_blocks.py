@@ -80,6 +80,7 @@ def test_lengths_that_come_again():
     assert len(set(found)) == 8 * 4
     assert all(length * 7 / 8 < rounded <= length for rounded, length in zip(found, lengths, strict=True))
     assert fused._round(fused.SHORTEST - 1) == 0
+    assert fused._round(22 * fused.STEP - 1) == 21 * fused.STEP
     assert [fused._round(rounded) for rounded in set(found)] == list(set(found))
 
 

@@ -1,8 +1,8 @@
 """PyTorch's kernels that give a block's logarithms of sums too, and take merged ones backward (see `blocks`).
 
-On Hopper cuDNN's is twice as fast, but it is planned anew for every pair of lengths, which takes the host 40 ms
-forward, 50 backward, and 3 MB (121 pairs beside an H200), and no plan is ever dropped. So large blocks are cut: what
-is round goes to cuDNN, with lengths that come again, and the rest, less than an eighth of each length, to
+On Hopper cuDNN's is twice as fast, but it is planned anew for every pair of lengths, which takes the host tens of
+milliseconds and some megabytes (docs/log.md, 2026-11-28), and no plan is ever dropped. So large blocks are cut: what is
+round goes to cuDNN, with lengths that come again, and the rest, less than an eighth of each length, to
 FlashAttention-2.
 """
 

@@ -4,7 +4,6 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,10 +117,8 @@ def axes(device: torch.device) -> list[dict]:
 def rows(device: torch.device) -> list[dict]:
     """Whole rows to each rank, or a part of each row, with weights gathered for each or once a step."""
     world, work, found = dist.get_world_size(), middle(), []
-    named = [("one rank", None, False), (f"dp {world}", {"dp": world}, False)]
-    named += [(f"cp {world}{', weights kept' * keep}", {"cp": world}, keep) for keep in (False, True)]
-    for name, used, keep in named:
-        sizes = None if used is None else MeshSizes(**used).fitted(world)
+    spread = [_mesh({"dp": world}), _mesh({"cp": world}), _mesh({"cp": world}, keep=True)]
+    for name, sizes, keep in [("one rank", None, False), *spread]:
         trained = None
         if sizes is not None or dist.get_rank() == 0:
             trained = _trained(work, sizes, device, WARM, keep_weights=keep)
@@ -143,13 +140,17 @@ def fsdp(device: torch.device) -> list[dict]:
     return [_shown(row)]
 
 
-def meshes(world: int) -> Iterator[tuple[str, MeshSizes, bool]]:
-    """All ranks along each axis, and of four and more some meshes of several; and whether weights stay gathered."""
+def meshes(world: int) -> list[tuple[str, MeshSizes, bool]]:
+    """All ranks along each axis, of four and more some meshes of several, and one whose weights stay gathered."""
     single = [{axis: world} for axis in ("dp", "cp", "tp", "pp", "ep", "etp")]
     mixed = [{"cp": world, "ep": world}, {"ep": world // 2, "etp": 2}, {"dp": 2, "cp": world // 2, "ep": world}]
-    for used in single + mixed * (world >= 4):
-        yield " x ".join(f"{axis} {size}" for axis, size in used.items()), MeshSizes(**used).fitted(world), False
-    yield f"cp {world}, weights kept", MeshSizes(cp=world).fitted(world), True
+    return [*(_mesh(used) for used in single + mixed * (world >= 4)), _mesh({"cp": world}, keep=True)]
+
+
+def _mesh(used: dict[str, int], *, keep: bool = False) -> tuple[str, MeshSizes, bool]:
+    """Of all ranks: what it is called, its axes, and whether weights stay gathered."""
+    name = " x ".join(f"{axis} {size}" for axis, size in used.items()) + ", weights kept" * keep
+    return name, MeshSizes(**used).fitted(dist.get_world_size()), keep
 
 
 class _RandomRows(LanguageObjective):

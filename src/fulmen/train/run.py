@@ -200,8 +200,8 @@ def _prepare(recipe: Any, build: Builder, place: Place) -> Trainer:
     place.world.check_same("recipe", dump_recipe(recipe))
     place.world.check_same("place in its data", objective.state_dict())
     mesh = getattr(recipe, "mesh", MeshSection())
-    how = {"token_groups": mesh.token_groups, "global_router": mesh.global_router, "dtype": objective.dtype}
-    place.world.shard(objective.model, keep_weights=mesh.keep_weights, **how)
+    how = {name: getattr(mesh, name) for name in ("token_groups", "global_router", "keep_weights")}
+    place.world.shard(objective.model, dtype=objective.dtype, **how)
     return Trainer(objective, recipe, place.device, place.world)
 
 

@@ -235,6 +235,15 @@ class TestMemory:
             monkeypatch.setattr("fulmen.parallel.ring.AHEAD", memory)
             assert self.needs("keys in the ring", 4, {"cp": 4}) == kept + (1 + steps) * step
 
+    @pytest.mark.parametrize(("context", "sums"), [(4096, 1), (2**17, 4), (2**20, 16)])
+    def test_states_of_lasp_and_the_sums_they_are_made_of(self, context, sums):
+        model = dataclasses.replace(SMALL, max_positions=2**20)
+        placement = place(4, model, context, 4 * context, {"cp": 4})
+        state = SMALL.num_heads * SMALL.head_dim**2 * 4
+        # Two segments a rank: those of all four, what enters, what leaves, and sums over 4096 tokens or more.
+        found = step_memory(placement, placement.stages[0])["states of LASP+"]
+        assert found == 2 * (4 + 2 + sums) * state
+
     def test_weights_that_stay_gathered_cost_memory_and_save_bytes(self):
         found = {keep: Plan(place(4, keep=keep), H800) for keep in (False, True)}
         total = SMALL.count_parameters().total
@@ -309,6 +318,8 @@ class TestFind:
         assert (found.tried, found.refused) == (len(plans), len(plans) - len(fitting))
         assert found.plan.fits
         assert found.plan.estimate.seconds <= min(plan.estimate.seconds for plan in fitting)
+        pipelines = {plan.placement.keep for plan in plans if plan.placement.sizes.pp > 1}
+        assert pipelines == {False, True}
         sizes = {plan.placement.sizes for plan in plans}
         assert {mesh.tp for mesh in sizes} == {1, 2, 4}
         assert {mesh.ep for mesh in sizes} == {1, 2, 4}
